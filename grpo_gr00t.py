@@ -1,0 +1,993 @@
+"""GRPO fine-tunes GR00T N1.5 in Isaac Lab: no critic, groups of episodes that start from one identical state.
+
+    python grpo_gr00t.py                                             # laptop: the shipped tiny GR00T, no GPU needed
+    python grpo_gr00t.py --checkpoint <folder or hub id> --num-envs 4096 --group-size 16
+    python grpo_gr00t.py --evaluate --checkpoint runs/<name>/checkpoints/best
+    torchrun --nproc_per_node=8 grpo_gr00t.py --checkpoint <folder>
+
+How this differs from GRPO for language models (DeepSeekMath, arXiv 2402.03300):
+- A flow-matching head has no density of its own. Denoising steps are made stochastic with the ODE's marginals kept
+  (Flow-GRPO, arXiv 2505.05470; Flow-CPS, arXiv 2509.05952); the log-probability is that of the Gaussian steps. By
+  default one step is stochastic, drawn per sample, the rest follow the ODE.
+- An action is a chunk: log-probabilities are summed over the executed steps and the embodiment's real dimensions.
+- The group's mean is subtracted, its std is not divided by (Dr. GRPO, arXiv 2503.20783); groups in which all succeed or
+  all fail carry no gradient and are left out.
+- Only the first success counts: what an episode does afterwards is masked, and every episode weighs the same however
+  many chunks it has.
+- The KL to the base model is between Gaussians of equal std, hence exact: |mean - base mean|^2 / (2 std^2).
+- The backbone is frozen, so its features are kept from the rollout and never computed again in the update.
+"""
+
+# ======== imports =====================================================================================================
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import importlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+
+HERE = Path(__file__).resolve().parent
+
+
+# ======== Args ========================================================================================================
+@dataclass
+class Args:
+    """Fields left at None get a value that suits the checkpoint's size and the device (`DEFAULTS`)."""
+
+    # general
+    task: str = "Tabletop-Lift-Cube-v0"  # Isaac Lab task, one of TASKS
+    instruction: str | None = None  # overrides the task's own instruction(s)
+    checkpoint: str = str(HERE / "checkpoints" / "tiny")  # GR00T N1.5: a local folder or a hub id
+    embodiment_tag: str | None = None  # which entry of the checkpoint's metadata.json; may be left out where there is one
+    seed: int = 1  # seed of the episode starts, the sampler's noise and the minibatches
+    device: str = "auto"  # cpu, cuda, cuda:N, or auto
+    physics: str | None = None  # Isaac Lab physics preset (newton_mjwarp, ...; the embedded task has mujoco_c, too)
+    renderer: str | None = None  # Isaac Lab renderer preset (newton_renderer, isaacsim_rtx, ...)
+    num_envs: int | None = None  # parallel environments over all ranks
+    iterations: int | None = None  # rollout-and-update iterations
+    evaluate: bool = False  # evaluate --checkpoint, and nothing else
+    eval_every: int = 50  # iterations between ODE evaluations; 0: only before and after
+    eval_episodes: int = 256  # episodes of an evaluation (rounded up to whole batches of environments)
+    eval_seed: int = 7_000_000  # seed of the evaluation's episode starts, the same for every evaluation
+    save_every: int = 50  # iterations between checkpoints
+    keep_checkpoints: int = 2  # how many of the latest checkpoints stay on disk, beside the best one
+    resume: str | None = None  # runs/<name> of an interrupted run: goes on from its latest checkpoint, with its arguments
+    track: bool = True  # log to Weights & Biases (offline when nobody is logged in)
+    wandb_project: str = "gr00t-rl"  # Weights & Biases project
+    exp_name: str | None = None  # the run's folder is runs/<exp-name>; made from task, seed and time by default
+    capture_video: bool = True  # record a group of rollouts before and after
+    compile: bool = False  # torch.compile the denoising network
+
+    # algorithm
+    group_size: int = 16  # episodes that start from one identical state and instruction
+    chunk: int | None = None  # actions executed per policy call (the model's action horizon by default)
+    denoise_steps: int = 4  # K, denoising steps per policy call
+    noise: Literal["flow-sde", "flow-sde-all", "flow-cps", "flow-cps-all"] = "flow-sde"  # without -all: one step per sample
+    noise_level: float | None = None  # a, the sampler's exploration noise
+    learning_rate: float | None = None  # AdamW's learning rate
+    lr_hold: float = 0.5  # share of the run at full learning rate; afterwards it falls linearly to a tenth
+    clip: float | None = None  # clip range of the ratio of summed log-probabilities (the docs compare conventions)
+    epochs: int | None = None  # passes over a rollout
+    minibatches: int = 4  # optimizer steps per epoch
+    micro_batch_size: int = 128  # samples per forward pass; gradients are accumulated over a minibatch
+    kl_coef: float | None = None  # weight of the KL to the base model (which is logged at 0, too)
+    log_ratio_clamp: float = 20.0  # bound on |log ratio| before exp
+    normalize_std: bool = False  # divide group advantages by the group's std
+    max_grad_norm: float = 1.0  # global gradient norm
+    feature_cache: Literal["gpu", "cpu", "off"] = "gpu"  # where backbone features wait for the update; off: recomputed
+
+
+# what None stands for: (small checkpoint on a CPU, small checkpoint on a GPU, full-size checkpoint)
+DEFAULTS = {
+    "num_envs": (128, 1024, 64),
+    "iterations": (200, 200, 500),
+    "noise_level": (0.8, 0.8, 0.5),
+    "learning_rate": (1e-4, 1e-4, 1e-5),
+    "clip": (0.2, 0.2, 0.1),
+    "epochs": (1, 1, 2),
+    "kl_coef": (0.0, 0.0, 0.01),
+}
+# heavy imports come after the command line, so --help is instant
+ARGS = tyro.cli(Args) if __name__ == "__main__" else None
+
+import gymnasium as gym  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from common import RunLogger, StageTimer, group_advantages, peak_memory_gb, replace_folder, wilson_interval  # noqa: E402
+from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor  # noqa: E402
+
+
+class UsageError(Exception):
+    """Bad input: one line that names the flag and the remedy."""
+
+
+class Ranks(NamedTuple):
+    """This process among those of torchrun; 0 of 1 without it."""
+
+    rank: int
+    world: int
+    local: int
+
+    @classmethod
+    def start(cls, device: str) -> Ranks:
+        """Joins the process group that torchrun describes (gloo on a CPU, NCCL on GPUs)."""
+        ranks = cls(*(int(os.environ.get(name, default)) for name, default in
+                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))  # fmt: skip
+        if ranks.world > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        return ranks
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sums a tensor over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Sums gradients over the ranks in one message; a rank without samples counts as zero."""
+        if self.world > 1:
+            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+            flat = self.sum(torch.cat([g.flatten() for g in grads]))
+            for p, g in zip(parameters, flat.split([g.numel() for g in grads])):
+                p.grad = g.view_as(p).clone()
+
+
+def resolve(args: Args) -> Args:
+    """Fills in what was left open and refuses what cannot work, before anything expensive starts.
+
+    Raises:
+        UsageError: names the flag and the remedy.
+    """
+    if args.resume:
+        args = resumed_args(args)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {args.device}: torch sees no CUDA GPU here; use --device cpu")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    column = 2 if full_size(args.checkpoint) else 1 if args.device.startswith("cuda") else 0
+    for name, values in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[column])
+    if args.task not in TASKS:
+        near = difflib.get_close_matches(args.task, TASKS, 3, 0.0)
+        raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
+    positive = "num_envs iterations eval_episodes save_every keep_checkpoints denoise_steps noise_level learning_rate clip"
+    for name in f"{positive} epochs minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk".split():
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+    for name in ("kl_coef", "lr_hold", "eval_every", "seed", "eval_seed"):
+        if not getattr(args, name) >= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
+    if args.group_size < 2:
+        raise UsageError(f"--group-size {args.group_size}: a group needs at least 2 members to compare")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.num_envs % (args.group_size * world):
+        of = f"--group-size {args.group_size}" + (f" times {world} ranks" if world > 1 else "")
+        raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {of}")
+    if args.noise.startswith("flow-cps") and args.denoise_steps < 2:
+        raise UsageError("--denoise-steps 1: flow-cps has no stochastic step then (its last one is deterministic)")
+    if not args.exp_name:
+        stem = "eval" if args.evaluate else "grpo_gr00t"
+        args.exp_name = f"{stem}__{args.task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    return args
+
+
+def resumed_args(args: Args) -> Args:
+    """The arguments of the run to go on with; refuses flags that contradict them."""
+    file = Path(args.resume) / "args.json"
+    if not file.is_file():
+        raise UsageError(f"--resume {args.resume}: no args.json there; name a folder like runs/<name>")
+    saved = Args(**{**json.loads(file.read_text())["args"], "resume": args.resume})
+    for field in dataclasses.fields(Args):
+        given, old = getattr(args, field.name), getattr(saved, field.name)
+        if field.name != "resume" and given != field.default and given != old:
+            flag = f"--{field.name.replace('_', '-')}"
+            raise UsageError(f"{flag} {given}: the run to resume has {old}; leave the flag out or start a new run")
+    if latest_checkpoint(Path(args.resume)) is None:
+        raise UsageError(f"--resume {args.resume}: it has no complete checkpoint yet; start the run again")
+    return saved
+
+
+def full_size(checkpoint: str) -> bool:
+    """Whether a checkpoint has the full network (a hub id is taken to)."""
+    try:
+        return json.loads((Path(checkpoint) / "config.json").read_text())["action_head_cfg"]["hidden_size"] >= 512
+    except (OSError, ValueError, KeyError):
+        return True
+
+
+# ======== env =========================================================================================================
+@dataclass(frozen=True)
+class Task:
+    """How an Isaac Lab task meets GR00T. A new task is a new row of TASKS."""
+
+    module: str  # imported to register the task
+    cameras: tuple[str, ...]  # scene names, in the checkpoint's view order
+    state: dict[str, int]  # keys and sizes of the `policy` observation group's columns, in order
+    action: dict[str, int]  # keys and sizes of the action's columns, in order
+    horizon: int  # environment steps per episode
+    success: str  # name of the success termination
+    instructions: tuple[str, ...]
+    target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
+    expert: str | None = None  # function of the module that demonstrates the task
+    demo_params: dict[str, dict] = dataclasses.field(default_factory=dict)  # of event terms, while it demonstrates
+
+
+TASKS = {
+    "Tabletop-Lift-Cube-v0": Task(
+        module="tabletop",
+        cameras=("cam",),
+        state={"gripper_position": 3, "finger_positions": 2},
+        action={"gripper_delta": 3, "gripper_open": 1},
+        horizon=32,
+        success="success",
+        instructions=("lift the red cube", "lift the blue cube"),
+        target="target",
+        expert="expert_action",
+        demo_params={"reset": {"gantry_share": 0.5}},
+    ),
+}
+
+
+class Observation(NamedTuple):
+    """What the policy sees at a chunk boundary."""
+
+    images: Tensor  # (N, V, H, W, 3) uint8
+    state: Tensor  # (N, d) in the simulator's units
+    prompt: Tensor  # (N,) int64, index of the instruction
+
+
+class ChunkEnv:
+    """Isaac Lab in chunks of actions, over a fixed horizon: no resets inside, success is remembered and masks the rest.
+
+    Images are rendered at chunk boundaries only. With `group_size`, consecutive environments start from the state and
+    the instruction of the first of them.
+    """
+
+    def __init__(self, task_id: str, cfg, instructions: tuple[str, ...]):
+        from isaaclab.managers import TerminationManager
+
+        self.task = TASKS[task_id]
+        success = getattr(cfg.terminations, self.task.success)
+        cfg.terminations = {}  # episodes end at the horizon, all at once
+        self.env = gym.make(task_id, cfg=cfg).unwrapped
+        self.terminations = TerminationManager({"success": success}, self.env)
+        self.num_envs, self.device = self.env.num_envs, self.env.device
+        self.instructions = instructions
+        self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # (N,)
+
+    def reset(self, seed: int, group_size: int = 1) -> Observation:
+        """Starts one episode everywhere; the starts depend on the seed and the number of environments alone."""
+        env = self.env
+        env.reset(seed=seed)
+        if group_size > 1:
+            leader = torch.arange(self.num_envs, device=self.device) // group_size * group_size  # (N,)
+
+            def of_leader(tree):
+                return {k: of_leader(v) if isinstance(v, dict) else v[leader].clone() for k, v in tree.items()}
+
+            state = of_leader(env.scene.get_state(is_relative=True))
+            target = getattr(env, self.task.target)[leader].clone() if self.task.target else None
+            env.reset_to(state, None, is_relative=True)  # draws new starts, then overwrites them
+            if target is not None:
+                getattr(env, self.task.target)[:] = target
+            env.obs_buf = env.observation_manager.compute()
+        self.terminations.reset()
+        self.success.zero_()
+        return self.observe()
+
+    def step_chunk(self, actions: Tensor, last: bool = False, frames: list | None = None) -> Observation | None:
+        """Executes (N, chunk, d) actions; `self.success` is up to date afterwards. No image is rendered after the last.
+
+        With `frames`, appends an image of every environment after every second step.
+        """
+        for i in range(actions.shape[1]):
+            self.env.step(actions[:, i])
+            self.terminations.compute()
+            self.success |= self.terminations.get_term("success")
+            if frames is not None and i % 2:
+                frames.append((self.images()[:, 0], self.success.clone()))
+        return None if last else self.observe()
+
+    def images(self) -> Tensor:
+        """(N, V, H, W, 3) uint8; renders if the scene has moved since the last call."""
+        sensors = self.env.scene.sensors
+        return torch.stack([sensors[name].data.output["rgb"].torch[..., :3] for name in self.task.cameras], 1)
+
+    def observe(self) -> Observation:
+        own = self.task.target is not None and len(self.instructions) > 1
+        prompt = getattr(self.env, self.task.target).clone() if own else torch.zeros_like(self.success, dtype=torch.long)
+        return Observation(self.images(), self.env.obs_buf["policy"].clone(), prompt)
+
+
+@contextlib.contextmanager
+def make_env(args: Args, image_size: int, log_file: Path, ranks: Ranks):
+    """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
+    with open(log_file, "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own tasks)
+        from isaaclab.app import launch_simulation
+        from isaaclab_tasks.utils import parse_env_cfg
+
+        task = TASKS[args.task]
+        importlib.import_module(task.module)
+        presets = [f"{k}={v}" for k, v in (("physics", args.physics), ("renderer", args.renderer)) if v]
+        try:
+            cfg = parse_env_cfg(args.task, args.device, args.num_envs // ranks.world, overrides=presets)
+        except Exception as error:  # hydra's own kinds
+            raise UsageError(f"--physics {args.physics} --renderer {args.renderer}: {error}") from error
+        cfg.scene.env_spacing = 0.0  # equal rounding everywhere: members of a group stay bit-identical
+        for name in task.cameras:
+            camera = getattr(cfg.scene, name)
+            camera.height = camera.width = image_size
+        launcher = argparse.Namespace(device=args.device, headless=True, enable_cameras=True)
+        simulation = contextlib.ExitStack()
+        simulation.enter_context(launch_simulation(cfg, launcher))
+        env = ChunkEnv(args.task, cfg, (args.instruction,) if args.instruction else task.instructions)
+        env.reset(seed=0)
+    with simulation:
+        yield env
+        env.env.close()
+
+
+# ======== GR00T wrapper ===============================================================================================
+class Noise:
+    """Random numbers that do not depend on how environments are split: every rank draws all rows and keeps its own."""
+
+    def __init__(self, device: str, ranks: Ranks, *seeds: int):
+        entropy = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
+        self.generator = torch.Generator(device).manual_seed(entropy)
+        self.device, self.ranks = device, ranks
+
+    def own(self, x: Tensor) -> Tensor:
+        n = len(x) // self.ranks.world
+        return x[self.ranks.rank * n : (self.ranks.rank + 1) * n]
+
+    def normal(self, n: int, *shape: int) -> Tensor:
+        """(n, *shape) standard normal numbers."""
+        return self.own(torch.randn(n * self.ranks.world, *shape, generator=self.generator, device=self.device))
+
+    def integers(self, n: int, high: int) -> Tensor:
+        """(n,) int64 in [0, high)."""
+        return self.own(torch.randint(high, (n * self.ranks.world,), generator=self.generator, device=self.device))
+
+
+class Chain(NamedTuple):
+    """The stochastic denoising steps of a policy call: J = 1 (one step per sample) or all of them."""
+
+    x: Tensor  # (N, J, H, A) before the step
+    y: Tensor  # (N, J, H, A) after it
+    k: Tensor  # (N, J) int64, index of the step
+    log_prob: Tensor  # (N, J) summed over executed steps and valid dimensions
+
+
+class PolicyOutput(NamedTuple):
+    """What one policy call returns."""
+
+    action: Tensor  # (N, chunk, d) in the simulator's units
+    features: Tensor  # (N, L, D) backbone features
+    state: Tensor  # (N, 1, state_dim) normalised
+    chain: Chain | None  # None for the ODE
+
+
+def stochastic_step(x: Tensor, v: Tensor, k: Tensor, steps: int, cps: bool, level: float) -> tuple[Tensor, Tensor]:
+    """Mean and std of the Gaussian denoising step k of `steps`; t = 0 is noise, t = 1 the action.
+
+    Flow-SDE (Flow-GRPO, arXiv 2505.05470, eq. 9 in GR00T's time) or Flow-CPS (arXiv 2509.05952).
+
+    Args:
+        x, v: (B, H, A) chain state and velocity.
+        k: (B,) int64.
+        level: a.
+
+    Returns:
+        mean (B, H, A), std (B, 1, 1); fp32.
+    """
+    dt = 1.0 / steps
+    t = (k.float() * dt)[:, None, None]  # (B, 1, 1)
+    next_t = t + dt
+    x0, x1 = x - t * v, x + (1 - t) * v  # estimates of the noise and of the action
+    if cps:
+        std = (1 - next_t) * math.sin(math.pi * level / 2)
+        return (1 - next_t) * math.cos(math.pi * level / 2) * x0 + next_t * x1, std
+    sigma = level * ((1 - t) / t.clamp(min=dt)).sqrt()
+    mean = (1 - next_t - sigma**2 * dt / (2 * (1 - t))) * x0 + next_t * x1
+    return mean, sigma * math.sqrt(dt)
+
+
+def gaussian_log_prob(y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log-density of y under N(mean, std^2), summed over the last two dimensions: (..., H, A) -> (...)."""
+    z = (y - mean) / std
+    return (-0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)).sum((-2, -1))
+
+
+class Gr00tActor(nn.Module):
+    """GR00T N1.5 as a stochastic policy: frozen backbone, trained action head, frozen copy of the head as the base."""
+
+    def __init__(self, args: Args, instructions: tuple[str, ...]):
+        super().__init__()
+        task = TASKS[args.task]
+        try:
+            self.net = Gr00tN1d5.from_pretrained(args.checkpoint)
+            self.processor = Gr00tProcessor.from_pretrained(args.checkpoint, self.net.config, args.embodiment_tag)
+            self.embodiment_row = self.processor.embodiment_id
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
+        try:
+            prompts = [self.processor.prompt(text, len(task.cameras)) for text in instructions]
+        except ValueError as error:
+            raise UsageError(f"--instruction: {error}") from error
+        if len({len(p) for p in prompts}) > 1:
+            raise UsageError(f"--task {args.task}: its instructions differ in token count; choose one with --instruction")
+        config = self.net.config
+        for kind, sizes in (("state", task.state), ("action", task.action)):
+            found = len(self.processor.normalizers[kind])
+            if found != sum(sizes.values()):
+                raise UsageError(
+                    f"--checkpoint {args.checkpoint}: it has {found} {kind} dimensions, {args.task} has "
+                    f"{sum(sizes.values())}; fine-tune it on the task first (sft_gr00t.py)"
+                )
+        self.chunk = args.chunk or config.action_horizon
+        if self.chunk > config.action_horizon or task.horizon % self.chunk:
+            raise UsageError(
+                f"--chunk {self.chunk}: must divide the episode's {task.horizon} steps and not exceed the model's "
+                f"{config.action_horizon}"
+            )
+        self.steps, self.level = args.denoise_steps, args.noise_level
+        self.cps, self.all_steps = args.noise.startswith("flow-cps"), args.noise.endswith("-all")
+        self.stochastic_steps = self.steps - self.cps  # the last step of Flow-CPS has std 0
+        self.valid = self.processor.valid_action_dims
+        self.micro_batch_size = args.micro_batch_size
+
+        head_device = torch.device(args.device)
+        self.net.backbone.requires_grad_(False).to(head_device)
+        self.net.action_head.float().to(head_device)  # fp32: means, log-probabilities and optimizer decide
+        self.base_head = copy.deepcopy(self.net.action_head).requires_grad_(False)
+        self.processor.to(head_device)
+        self.register_buffer("prompts", torch.stack(prompts).to(head_device), persistent=False)  # (P, L)
+        if args.compile:
+            self.net.action_head.velocity = torch.compile(self.net.action_head.velocity)
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.net.action_head.parameters() if p.requires_grad]
+
+    def embodiment(self, n: int) -> Tensor:
+        return torch.full((n,), self.embodiment_row, dtype=torch.long, device=self.prompts.device)
+
+    @torch.no_grad()
+    def features(self, images: Tensor, prompt: Tensor) -> Tensor:
+        """Backbone features (B, L, D) of images (B, V, H, W, 3) and instruction indices (B,)."""
+        return self.net.backbone(self.prompts[prompt], self.processor.images(images))
+
+    @torch.no_grad()
+    def act(self, obs: Observation, noise: Noise, explore: bool = False) -> PolicyOutput:
+        """Actions for an observation: by the ODE, or with stochastic steps and their log-probability (`explore`)."""
+        n, config = len(obs.state), self.net.config
+        shape = (config.action_horizon, config.action_dim)
+        start = noise.normal(n, *shape)  # (N, H, A)
+        drawn = eps = None
+        if explore:
+            count = self.stochastic_steps
+            if self.all_steps:
+                drawn = torch.arange(count, device=start.device).expand(n, count)  # (N, J)
+            else:
+                drawn = noise.integers(n, count)[:, None]
+            eps = noise.normal(n, drawn.shape[1], *shape)  # (N, J, H, A)
+        parts = []
+        for i in range(0, n, self.micro_batch_size):
+            rows = slice(i, i + self.micro_batch_size)
+            features = self.features(obs.images[rows], obs.prompt[rows])
+            state = self.processor.normalize_state(obs.state[rows])
+            context = self.net.action_head.encode(features, state, self.embodiment(len(state)))
+            if explore:
+                x, chain = self.denoise(context, start[rows], drawn[rows], eps[rows])
+            else:
+                x = self.net.action_head.sample(context, self.embodiment(len(state)), start[rows], self.steps)
+                chain = None
+            action = self.processor.unnormalize_action(x)[:, : self.chunk]
+            parts.append(PolicyOutput(action, features, state, chain))
+        chain = Chain(*(torch.cat(x) for x in zip(*(p.chain for p in parts)))) if explore else None
+        return PolicyOutput(*(torch.cat(x) for x in list(zip(*parts))[:3]), chain)
+
+    def denoise(self, context, x: Tensor, drawn: Tensor, eps: Tensor) -> tuple[Tensor, Chain]:
+        """K denoising steps, those in `drawn` (B, J) stochastic with noise eps (B, J, H, A)."""
+        rows = torch.arange(len(x), device=x.device)
+        xs, ys, means = (torch.zeros_like(eps) for _ in range(3))
+        stds = torch.ones_like(eps[..., :1, :1])
+        for k in range(self.steps):
+            step = torch.full_like(rows, k)
+            v = self.velocity(self.net.action_head, x, step, context)
+            y = x + v / self.steps
+            if k < self.stochastic_steps:
+                mean, std = stochastic_step(x, v, step, self.steps, self.cps, self.level)
+                for j in range(drawn.shape[1]):
+                    chosen = (drawn[:, j] == k)[:, None, None]  # (B, 1, 1)
+                    y = torch.where(chosen, mean + std * eps[:, j], y)
+                    xs[:, j], ys[:, j] = torch.where(chosen, x, xs[:, j]), torch.where(chosen, y, ys[:, j])
+                    means[:, j] = torch.where(chosen, mean, means[:, j])
+                    stds[:, j] = torch.where(chosen, std, stds[:, j])
+            x = y
+        return x, Chain(xs, ys, drawn, self.log_prob(ys, means, stds))
+
+    def velocity(self, head: nn.Module, x: Tensor, k: Tensor, context) -> Tensor:
+        bucket = (k * head.config.num_timestep_buckets) // self.steps
+        return head.velocity(x, bucket, self.embodiment(len(x)), context)
+
+    def executed(self, x: Tensor) -> Tensor:
+        """What of a chunk reaches the simulator: (..., H, A) -> (..., chunk, valid)."""
+        return x[..., : self.chunk, : self.valid]
+
+    def log_prob(self, y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return gaussian_log_prob(self.executed(y), self.executed(mean), std)
+
+    def evaluate(self, features: Tensor, state: Tensor, chain: Chain, head: nn.Module | None = None):
+        """Log-probability of stored steps under the present weights, with gradients.
+
+        Args:
+            features: (B, L, D).
+            state: (B, 1, state_dim).
+            chain: fields (B, J, ...).
+            head: the action head by default, or the base head.
+
+        Returns:
+            log_prob (B, J), mean (B, J, chunk, valid), std (B, J, 1, 1).
+        """
+        head = head or self.net.action_head
+        b, j = chain.k.shape
+        context = head.encode(features, state, self.embodiment(b))
+        if j > 1:
+            context = context.repeat_interleave(j)
+        x, k = chain.x.flatten(0, 1), chain.k.flatten()  # (B J, H, A), (B J,)
+        v = self.velocity(head, x, k, context)
+        mean, std = stochastic_step(x, v, k, self.steps, self.cps, self.level)
+        mean, std = mean.unflatten(0, (b, j)), std.unflatten(0, (b, j))
+        return self.log_prob(chain.y, mean, std), self.executed(mean), std
+
+    def save(self, folder: Path) -> None:
+        """Writes the checkpoint in NVIDIA's layout: weights, config.json, metadata.json, tokenizer."""
+        self.net.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+# ======== rollout =====================================================================================================
+class Batch:
+    """One iteration's samples, flattened from (T, N, ...) to (T N, ...); T chunks per episode."""
+
+    def __init__(self, args: Args):
+        self.cache, self.device = args.feature_cache, args.device
+        self.fields: dict[str, list[Tensor]] = {}
+
+    def add(self, **fields: Tensor) -> None:
+        for name, value in fields.items():
+            host = self.cache == "cpu" and name == "features"
+            self.fields.setdefault(name, []).append(value.to("cpu", non_blocking=True) if host else value)
+
+    def finish(self) -> Batch:
+        self.flat = {name: torch.cat(values) for name, values in self.fields.items()}  # (T N, ...)
+        if self.cache == "cpu" and self.device != "cpu":
+            self.flat["features"] = self.flat["features"].pin_memory()
+        return self
+
+    def __len__(self) -> int:
+        return len(self.flat["state"])
+
+    def select(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of a field, on the training device."""
+        source = self.flat[name]
+        return source[rows.to(source.device)].to(self.device, non_blocking=True)
+
+
+@torch.no_grad()
+def rollout(env: ChunkEnv, policy: Gr00tActor, args: Args, iteration: int, ranks: Ranks, timer: StageTimer) -> Batch:
+    """One episode per environment, in groups from one start; returns the samples with advantages and weights."""
+    noise = Noise(args.device, ranks, args.seed, iteration)
+    batch, valid = Batch(args), []
+    chunks = env.task.horizon // policy.chunk  # T
+    with timer("env"):
+        obs = env.reset(episode_seed(args.seed, iteration, ranks), args.group_size)
+    for t in range(chunks):
+        with timer("policy"):
+            out = policy.act(obs, noise, explore=True)
+            valid.append(~env.success)  # (N,) an attempt ends with its first success
+            kept = {"features": out.features}
+            if args.feature_cache == "off":
+                kept = {"images": obs.images, "prompt": obs.prompt}
+            x, y, k, log_prob = out.chain
+            batch.add(**kept, state=out.state, x=x, y=y, k=k, log_prob=log_prob)
+        with timer("env"):
+            obs = env.step_chunk(out.action, last=t + 1 == chunks)
+    with timer("policy"):
+        returns = env.success.float()  # (N,)
+        advantage, keep = group_advantages(returns, args.group_size, normalize_std=args.normalize_std)
+        valid = torch.stack(valid)  # (T, N)
+        batch.add(
+            advantage=advantage.expand(chunks, -1).flatten(),
+            weight=(1.0 / valid.sum(0)).expand(chunks, -1).flatten(),  # every episode weighs the same
+            keep=(valid & keep).flatten(),
+        )
+        batch.success, batch.group_keep = returns, keep
+    return batch.finish()
+
+
+def episode_seed(seed: int, iteration: int, ranks: Ranks) -> int:
+    """Seed of an iteration's starts; differs by rank."""
+    return int(np.random.SeedSequence((seed, iteration, ranks.rank)).generate_state(1)[0] >> 1)
+
+
+# ======== loss ========================================================================================================
+def grpo_loss(policy: Gr00tActor, batch: Batch, rows: Tensor, args: Args, with_kl: bool) -> tuple[Tensor, dict, Tensor]:
+    """Clipped surrogate plus KL to the base model, summed over rows with their weights.
+
+    Args:
+        rows: (B,) indices into the batch.
+        with_kl: whether to run the base model; always true when --kl-coef is not 0.
+
+    Returns:
+        The loss, summed (divide by the minibatch's size); sums for the log; the largest |ratio - 1|.
+    """
+    if args.feature_cache == "off":
+        features = policy.features(batch.select("images", rows), batch.select("prompt", rows))
+    else:
+        features = batch.select("features", rows)
+    state, old = batch.select("state", rows), batch.select("log_prob", rows)  # (B, 1, S), (B, J)
+    chain = Chain(batch.select("x", rows), batch.select("y", rows), batch.select("k", rows), old)
+    log_prob, mean, std = policy.evaluate(features, state, chain)
+    step_log_ratio = log_prob - old  # (B, J)
+    log_ratio = step_log_ratio.sum(1).clamp(-args.log_ratio_clamp, args.log_ratio_clamp)  # (B,)
+    ratio = log_ratio.exp()
+    advantage, weight = batch.select("advantage", rows), batch.select("weight", rows)  # (B,)
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage)
+    loss = -(weight * surrogate).sum()
+    sums = {}
+    if with_kl:
+        with torch.no_grad():
+            _, base_mean, _ = policy.evaluate(features, state, chain, policy.base_head)
+        kl = ((mean - base_mean) ** 2 / (2 * std**2)).sum((1, 2, 3))  # (B,) closed form: equal std
+        if args.kl_coef > 0:
+            loss = loss + args.kl_coef * (weight * kl).sum()
+        sums |= {"kl_base": kl.detach().sum(), "kl_count": torch.ones_like(kl).sum()}
+    with torch.no_grad():
+        clipped = ((step_log_ratio.exp() - 1).abs() > args.clip).float().flatten()  # (B J,)
+        k = chain.k.flatten()
+        zeros = torch.zeros(policy.steps, device=k.device)
+        sums |= {
+            "loss": loss.detach(),
+            "clip_frac": ((ratio - 1).abs() > args.clip).float().sum(),
+            "approx_kl": ((ratio - 1) - log_ratio).sum(),  # k3 estimator of the KL to the rollout's policy
+            "clipped_per_step": zeros.scatter_add(0, k, clipped),
+            "count_per_step": zeros.scatter_add(0, k, torch.ones_like(clipped)),
+        }
+        ratio_error = (ratio - 1).abs().max()
+    return loss, sums, ratio_error
+
+
+# ======== train =======================================================================================================
+RATIO_TOLERANCE = 1e-5  # |ratio - 1| on the very first minibatch
+
+
+def plan_minibatches(batch: Batch, args: Args, iteration: int, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
+    """Draws the update's minibatches from the samples that carry a gradient.
+
+    Weights are scaled to mean 1 over all ranks. This is the one transfer between rollout and update.
+
+    Returns:
+        One (rows, size over all ranks) per optimizer step; empty where no group carries a gradient.
+    """
+    keep = batch.flat["keep"]
+    weight = torch.where(keep, batch.flat["weight"], 0.0)
+    totals = ranks.sum(torch.stack([weight.sum(), keep.sum()]))
+    batch.flat["weight"] = weight * (totals[1] / totals[0].clamp(min=1e-12))
+    rows = torch.nonzero(keep.cpu())[:, 0].numpy()
+    rng = np.random.default_rng((args.seed, iteration, ranks.rank))
+    parts = [p for _ in range(args.epochs) for p in np.array_split(rng.permutation(rows), args.minibatches)]
+    sizes = ranks.sum(torch.tensor([float(len(p)) for p in parts], device=args.device))
+    total = sizes.cpu() if ranks.world > 1 else torch.tensor([len(p) for p in parts])
+    return [(torch.from_numpy(p).to(args.device), n) for p, n, m in zip(parts, sizes, total) if m > 0]
+
+
+def update(policy: Gr00tActor, optimizer, batch: Batch, plan, args: Args, ranks: Ranks) -> tuple[dict, dict]:
+    """One optimizer step per minibatch; returns sums and maxima for the log, on the device."""
+    parameters, sums = policy.trainable(), {}
+    extremes = dict.fromkeys(("grad_norm", "first_ratio_error"), torch.zeros((), device=args.device))
+    for step, (rows, size) in enumerate(plan):
+        optimizer.zero_grad(set_to_none=False)
+        with_kl = args.kl_coef > 0 or step == 0
+        for micro in rows.split(args.micro_batch_size):
+            loss, new, ratio_error = grpo_loss(policy, batch, micro, args, with_kl)
+            (loss / size).backward()
+            sums = {name: value + sums.get(name, 0.0) for name, value in new.items()} | {
+                name: value for name, value in sums.items() if name not in new
+            }
+            if step == 0:
+                extremes["first_ratio_error"] = torch.maximum(extremes["first_ratio_error"], ratio_error)
+        ranks.sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        extremes["grad_norm"] = torch.maximum(extremes["grad_norm"], norm)
+        optimizer.step()
+    return sums, extremes
+
+
+def to_host(sums: dict[str, Tensor], extremes: dict[str, Tensor], ranks: Ranks) -> dict[str, list[float]]:
+    """Adds (or takes the maximum) over ranks and brings an iteration's figures to the host in one transfer."""
+    total = ranks.sum(torch.cat([x.reshape(-1).float() for x in sums.values()]))
+    highest = torch.stack([x.float() for x in extremes.values()])
+    if ranks.world > 1:
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+    host = iter(torch.cat([total, highest]).tolist())  # the transfer
+    return {name: [next(host) for _ in range(x.numel())] for name, x in (sums | extremes).items()}
+
+
+def describe_iteration(batch: Batch, sums: dict, extremes: dict, args: Args, ranks: Ranks) -> dict[str, float]:
+    """The metrics of one iteration."""
+    counts = {"success": batch.success.sum(), "used": batch.group_keep.sum(), "samples": batch.flat["keep"].sum()}
+    host = to_host(counts | sums, extremes, ranks)
+    samples = host["samples"][0]
+    metrics = {
+        "rollout/success": host["success"][0] / args.num_envs,
+        "rollout/zero_variance_share": 1 - host["used"][0] / args.num_envs,
+        "rollout/samples": samples,
+    }
+    if samples:
+        for name in ("loss", "clip_frac", "approx_kl"):
+            metrics[f"update/{name}"] = host[name][0] / (samples * args.epochs)
+        metrics["update/kl_base"] = host["kl_base"][0] / host["kl_count"][0]
+        metrics |= {f"update/{name}": host[name][0] for name in extremes}
+        for k, (clipped, count) in enumerate(zip(host["clipped_per_step"], host["count_per_step"])):
+            metrics[f"update/clip_frac_k{k}"] = clipped / max(count, 1.0)
+    return metrics
+
+
+def learning_rate(args: Args, iteration: int) -> float:
+    """Full rate for the first --lr-hold of the run, then linearly down to a tenth."""
+    past = (iteration / args.iterations - args.lr_hold) / max(1 - args.lr_hold, 1e-9)
+    return args.learning_rate * (1 - 0.9 * min(max(past, 0.0), 1.0))
+
+
+def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, ranks: Ranks, state: dict | None) -> None:
+    """The whole run: evaluate, iterate, evaluate, summarise."""
+    optimizer = torch.optim.AdamW(policy.trainable(), args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    run = state or {"iteration": 0, "elapsed": 0.0, "before": None, "best": -1.0}
+    if state:
+        optimizer.load_state_dict(run.pop("optimizer"))
+    timer, begin, evaluating = StageTimer(args.device), time.time() - run["elapsed"], 0.0
+    per_iteration = args.num_envs * env.task.horizon
+    if run["before"] is None:
+        run["before"] = evaluate(args, env, policy, ranks)
+        logger.event(f"ODE success before: {describe(run['before'])}")
+        if args.capture_video:
+            record_group(args, env, policy, ranks, logger, "before")
+    metrics: dict[str, float] = {}
+    for iteration in range(run["iteration"], args.iterations):
+        optimizer.param_groups[0]["lr"] = learning_rate(args, iteration)
+        batch = rollout(env, policy, args, iteration, ranks, timer)
+        with timer("update"):
+            plan = plan_minibatches(batch, args, iteration, ranks)
+            sums, extremes = update(policy, optimizer, batch, plan, args, ranks)
+            metrics = describe_iteration(batch, sums, extremes, args, ranks)
+        check_finite(metrics, iteration, logger)
+        seconds = timer.seconds()
+        run["iteration"] = iteration + 1
+        metrics |= {
+            "env_steps": (iteration + 1) * per_iteration,
+            "episodes": (iteration + 1) * args.num_envs,
+            "update/learning_rate": learning_rate(args, iteration),
+            "sps/env": per_iteration / seconds["env"],
+            "sps/policy": per_iteration / (seconds["env"] + seconds["policy"]),
+            "sps/train": per_iteration / sum(seconds.values()),
+            **{f"time/{name}": value for name, value in seconds.items()},
+        }
+        last = iteration + 1 == args.iterations
+        if last or (args.eval_every and (iteration + 1) % args.eval_every == 0):
+            start = time.time()
+            result = evaluate(args, env, policy, ranks)
+            evaluating += time.time() - start
+            metrics |= {"eval/ode_success": result["mean"], "eval/episodes": result["episodes"]}
+            if result["mean"] > run["best"]:
+                run["best"] = result["mean"]
+                save_checkpoint(args, policy, None, run, "best", ranks)
+        run["elapsed"] = time.time() - begin
+        logger.log(iteration, metrics | {"time/elapsed": run["elapsed"], "time/evaluating": evaluating})
+        if last or (iteration + 1) % args.save_every == 0:
+            save_checkpoint(args, policy, optimizer, run, f"step_{iteration + 1:06d}", ranks)
+            logger.curve_png()
+    after = evaluate(args, env, policy, ranks)
+    sde = evaluate(args, env, policy, ranks, explore=True)
+    logger.event(f"ODE success after: {describe(after)} (before: {describe(run['before'])})")
+    if args.capture_video:
+        record_group(args, env, policy, ranks, logger, "after")
+    logger.summary(
+        {
+            "algorithm": "grpo",
+            **{name: getattr(args, name) for name in ("task", "seed", "iterations", "device", "checkpoint", "num_envs")},
+            "world_size": ranks.world,
+            "env_steps": args.iterations * per_iteration,
+            "episodes": args.iterations * args.num_envs,
+            "seconds": run["elapsed"],
+            "instructions": env.instructions,
+            "ode_success_before": run["before"],
+            "ode_success_after": after,
+            "sde_success": sde,
+            "kl_to_base": metrics.get("update/kl_base"),
+            "zero_variance_share": metrics.get("rollout/zero_variance_share"),
+            "peak_memory_gb": peak_memory_gb(args.device),
+            "steps_per_second": {name: metrics.get(f"sps/{name}") for name in ("env", "policy", "train")},
+        }
+    )
+
+
+def check_finite(metrics: dict[str, float], iteration: int, logger: RunLogger) -> None:
+    """Stops a run that went wrong; the last checkpoint is from before.
+
+    Raises:
+        UsageError: a number is not finite, or the first ratio is not 1.
+    """
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        logger.event(f"not finite in iteration {iteration}: {', '.join(bad)}; stopped, earlier checkpoints are kept")
+        raise UsageError(f"{', '.join(bad)} became nan or inf: lower --learning-rate or --clip and --resume")
+    error = metrics.get("update/first_ratio_error", 0.0)
+    if iteration == 0 and error > RATIO_TOLERANCE:
+        raise UsageError(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
+
+
+def check_memory(args: Args, policy: Gr00tActor, ranks: Ranks) -> str:
+    """Estimates what the rollout keeps for the update, and refuses what does not fit.
+
+    Raises:
+        UsageError: the samples need more memory than is free.
+    """
+    config, task = policy.net.config, TASKS[args.task]
+    samples = args.num_envs // ranks.world * (task.horizon // policy.chunk)
+    steps = policy.stochastic_steps if policy.all_steps else 1
+    chain = 2 * 4 * steps * config.action_horizon * config.action_dim
+    pixels = 3 * len(task.cameras) * config.image_size**2
+    size = next(policy.net.backbone.parameters()).element_size()
+    features = policy.prompts.shape[1] * config.text_hidden_size * size
+    on_gpu = args.device.startswith("cuda")
+    need = samples * (chain + (pixels if args.feature_cache == "off" else features)) / 1e9
+    host = not on_gpu or args.feature_cache == "cpu"
+    if host:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    else:
+        free = torch.cuda.mem_get_info()[0] / 1e9
+    plan = f"{samples} samples an iteration, {need:.2f} GB {'of host memory' if host else 'on the GPU'} ({free:.1f} GB free)"
+    if need > free:
+        raise UsageError(f"--num-envs {args.num_envs}: {plan}; use fewer, or --feature-cache {'off' if host else 'cpu'}")
+    return plan
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    found = sorted((run_dir / "checkpoints").glob("step_*/trainer_state.pt"))
+    return found[-1].parent if found else None
+
+
+def save_checkpoint(args: Args, policy: Gr00tActor, optimizer, run: dict, name: str, ranks: Ranks) -> None:
+    """Writes runs/<name>/checkpoints/<name> whole or not at all, and drops outdated ones."""
+    if ranks.rank > 0:
+        return
+
+    def write(partial: Path) -> None:
+        policy.save(partial)
+        if optimizer is not None:
+            torch.save({**run, "optimizer": optimizer.state_dict()}, partial / "trainer_state.pt")
+
+    folder = Path("runs") / args.exp_name / "checkpoints"
+    replace_folder(folder / name, write)
+    for outdated in sorted(folder.glob("step_*"))[: -args.keep_checkpoints]:
+        shutil.rmtree(outdated)
+
+
+# ======== evaluate ====================================================================================================
+@torch.no_grad()
+def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore: bool = False) -> dict[str, float]:
+    """Success on fixed episodes, by the ODE (or the exploring sampler), with its Wilson 95% interval.
+
+    Returns:
+        mean, low, high, episodes.
+    """
+    successes, batches = [], math.ceil(args.eval_episodes / args.num_envs)
+    for b in range(batches):
+        obs = env.reset(episode_seed(args.eval_seed, b, ranks))
+        noise = Noise(args.device, ranks, args.eval_seed, b)
+        chunks = env.task.horizon // policy.chunk
+        for t in range(chunks):
+            obs = env.step_chunk(policy.act(obs, noise, explore).action, last=t + 1 == chunks)
+        successes.append(env.success.sum())
+    count, episodes = float(ranks.sum(torch.stack(successes).sum())), batches * args.num_envs
+    low, high = wilson_interval(count, episodes)
+    return {"mean": count / episodes, "low": low, "high": high, "episodes": episodes}
+
+
+def describe(result: dict[str, float]) -> str:
+    return f"{result['mean']:.3f} [{result['low']:.3f}, {result['high']:.3f}] of {result['episodes']} episodes"
+
+
+@torch.no_grad()
+def record_group(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, logger: RunLogger, name: str) -> None:
+    """Records one group as the rollout sees it: one start, different noise."""
+    obs = env.reset(episode_seed(args.eval_seed, 0, ranks), args.group_size)
+    noise = Noise(args.device, ranks, args.eval_seed)
+    frames = [(obs.images[:, 0], env.success.clone())]
+    chunks = env.task.horizon // policy.chunk
+    for t in range(chunks):
+        obs = env.step_chunk(policy.act(obs, noise, explore=True).action, last=t + 1 == chunks, frames=frames)
+    shown = min(args.group_size, 16)
+    images = torch.stack([image[:shown] for image, _ in frames]).cpu().numpy()  # (F, n, H, W, 3)
+    success = torch.stack([done[:shown] for _, done in frames]).cpu().numpy()  # (F, n)
+    first = np.where(success.any(0), success.argmax(0), len(frames))
+    logger.save_gif(name, images, success[-1], first)
+
+
+# ======== main ========================================================================================================
+def main(args: Args) -> None:
+    args = resolve(args)
+    ranks = Ranks.start(args.device)
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
+    run_dir, state, task = Path("runs") / args.exp_name, None, TASKS[args.task]
+    instructions = (args.instruction,) if args.instruction else task.instructions
+    policy = Gr00tActor(args, instructions)
+    plan = check_memory(args, policy, ranks)
+    if args.resume:
+        run_dir = Path(args.resume)
+        folder = latest_checkpoint(run_dir)
+        trained = Gr00tN1d5.from_pretrained(folder)
+        policy.net.action_head.load_state_dict(trained.action_head.state_dict())
+        state = torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
+    try:
+        logger = RunLogger(
+            run_dir,
+            dataclasses.asdict(args),
+            script=__file__,
+            total_iterations=args.iterations,
+            track=args.track,
+            wandb_project=args.wandb_project,
+            resume_iteration=state["iteration"] if state else 0,
+            is_main=ranks.rank == 0,
+            device=args.device,
+            sources=[HERE / "gr00t_n1d5.py", HERE / f"{task.module}.py"],
+        )
+    except OSError as error:
+        raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
+    for name in ("common", task.module):
+        logging.getLogger(name).setLevel(logging.INFO)
+    logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs in groups of {args.group_size}; {plan}")
+    logger.event(f"instructions: {'; '.join(instructions)}")
+    logger.event(f"starting the simulator (its own output: {run_dir}/simulator.log)")
+    with make_env(args, policy.net.config.image_size, run_dir / "simulator.log", ranks) as env:
+        if args.evaluate:
+            result = evaluate(args, env, policy, ranks)
+            logger.event(f"ODE success of {args.checkpoint}: {describe(result)}")
+            logger.summary({"task": args.task, "checkpoint": args.checkpoint, "ode_success": result})
+        else:
+            train(args, env, policy, logger, ranks, state)
+    logger.close()
+    if ranks.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    except UsageError as error:
+        sys.exit(f"error: {error}")

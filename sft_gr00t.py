@@ -1,0 +1,630 @@
+"""Imitation for GR00T N1.5 in Isaac Lab: flow matching on a scripted expert's demonstrations, the warm start RL needs.
+
+    python sft_gr00t.py                                              # laptop: a tiny GR00T from scratch
+    python sft_gr00t.py --checkpoint nvidia/GR00T-N1.5-3B --embodiment-tag new_embodiment --device cuda
+    python sft_gr00t.py --evaluate --checkpoint runs/<name>/checkpoints/last
+
+- Demonstrations come from the task's own expert on privileged state; half of them start from a random gripper pose, so
+  that recoveries are seen. Only episodes that succeed are kept, and no frame after success.
+- The loss is GR00T's: |v(x_t, t) - (action - noise)|^2 at t = (0.999 - Beta(1.5, 1)) / 0.999, masked to real dimensions
+  (arXiv 2503.14734, section 2.1).
+- State and action statistics of the demonstrations go into experiment_cfg/metadata.json, in NVIDIA's layout.
+- An exponential moving average of the weights is what is evaluated and saved.
+"""
+
+# ======================================================================================================================
+# imports
+# ======================================================================================================================
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import importlib
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+
+HERE = Path(__file__).resolve().parent
+
+
+# ======================================================================================================================
+# Args
+# ======================================================================================================================
+@dataclass
+class Args:
+    """Flags; defaults make the shipped tiny checkpoint's kind of network on a laptop."""
+
+    # general
+    task: str = "Tabletop-Lift-Cube-v0"
+    """Isaac Lab task with an expert, one of TASKS"""
+    instruction: str | None = None
+    """overrides the task's own instruction(s)"""
+    checkpoint: str | None = None
+    """GR00T N1.5 checkpoint to start from (folder or hub id); left out, a tiny network is made from scratch"""
+    embodiment_tag: str = "new_embodiment"
+    """entry of metadata.json to write"""
+    seed: int = 1
+    """seed of demonstrations, initial weights and training"""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto"""
+    physics: str | None = None
+    """Isaac Lab physics preset of the task"""
+    renderer: str | None = None
+    """Isaac Lab renderer preset of the task"""
+    num_envs: int = 128
+    """parallel environments"""
+    evaluate: bool = False
+    """evaluate --checkpoint, and nothing else"""
+    eval_every: int = 0
+    """training steps between ODE evaluations; 0: only at the end"""
+    eval_episodes: int = 256
+    """episodes of an evaluation (rounded up to whole batches of environments)"""
+    eval_seed: int = 7_000_000
+    """seed of the evaluation's episode starts"""
+    track: bool = True
+    """log to Weights & Biases (offline when nobody is logged in)"""
+    wandb_project: str = "gr00t-rl"
+    """Weights & Biases project"""
+    exp_name: str | None = None
+    """the run's folder is runs/<exp-name>"""
+
+    # demonstrations
+    demos: int = 5120
+    """expert episodes (rounded up to whole batches of environments)"""
+    frames_per_demo: int = 8
+    """observations kept per episode: the first one and some at random"""
+
+    # algorithm
+    steps: int = 1000
+    """optimizer steps"""
+    batch_size: int = 128
+    """samples per step"""
+    learning_rate: float = 1e-3
+    """AdamW's learning rate; 100 steps of warm-up, then a cosine to 2%"""
+    weight_decay: float = 1e-4
+    """on matrices only"""
+    ema: float = 0.99
+    """decay of the weights' moving average"""
+    max_grad_norm: float = 1.0
+    """global gradient norm"""
+    tune: Literal["all", "head"] = "all"
+    """what is trained"""
+    denoise_steps: int = 4
+    """K, denoising steps of the evaluation"""
+    micro_batch_size: int = 128
+    """samples per forward pass of the evaluation"""
+
+
+ARGS = tyro.cli(Args) if __name__ == "__main__" else None
+
+import gymnasium as gym  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from common import RunLogger, wilson_interval  # noqa: E402
+from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, load_tokenizer, tiny_tokenizer  # noqa: E402
+
+
+# Copied from grpo_gr00t.py:UsageError
+class UsageError(Exception):
+    """Bad input: one line that names the flag and the remedy."""
+
+
+# Copied from grpo_gr00t.py:Ranks
+class Ranks(NamedTuple):
+    """This process among those of torchrun; 0 of 1 without it."""
+
+    rank: int
+    world: int
+    local: int
+
+    @classmethod
+    def start(cls, device: str) -> Ranks:
+        """Joins the process group that torchrun describes (gloo on a CPU, NCCL on GPUs)."""
+        ranks = cls(*(int(os.environ.get(name, default)) for name, default in
+                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))  # fmt: skip
+        if ranks.world > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        return ranks
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sums a tensor over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+
+def resolve(args: Args) -> Args:
+    """Refuses what cannot work, before anything expensive starts.
+
+    Raises:
+        UsageError: names the flag and the remedy.
+    """
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {args.device}: torch sees no CUDA GPU here; use --device cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("sft_gr00t.py runs in one process; start it with python, not torchrun")
+    if args.task not in TASKS:
+        near = difflib.get_close_matches(args.task, TASKS, 3, 0.0)
+        raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
+    if args.evaluate and not args.checkpoint:
+        raise UsageError("--evaluate: name what to evaluate with --checkpoint")
+    positive = "num_envs eval_episodes demos frames_per_demo steps batch_size learning_rate max_grad_norm denoise_steps"
+    for name in f"{positive} micro_batch_size".split():
+        if not getattr(args, name) > 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    if not args.exp_name:
+        stem = "eval" if args.evaluate else "sft_gr00t"
+        args.exp_name = f"{stem}__{args.task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    return args
+
+
+# ======================================================================================================================
+# env
+# ======================================================================================================================
+# Copied from grpo_gr00t.py:Task
+@dataclass(frozen=True)
+class Task:
+    """How an Isaac Lab task meets GR00T. A new task is a new row of TASKS."""
+
+    module: str  # imported to register the task
+    cameras: tuple[str, ...]  # scene names, in the checkpoint's view order
+    state: dict[str, int]  # keys and sizes of the `policy` observation group's columns, in order
+    action: dict[str, int]  # keys and sizes of the action's columns, in order
+    horizon: int  # environment steps per episode
+    success: str  # name of the success termination
+    instructions: tuple[str, ...]
+    target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
+    expert: str | None = None  # function of the module that demonstrates the task
+    demo_params: dict[str, dict] = dataclasses.field(default_factory=dict)  # of event terms, while it demonstrates
+
+
+# Copied from grpo_gr00t.py:TASKS
+TASKS = {
+    "Tabletop-Lift-Cube-v0": Task(
+        module="tabletop",
+        cameras=("cam",),
+        state={"gripper_position": 3, "finger_positions": 2},
+        action={"gripper_delta": 3, "gripper_open": 1},
+        horizon=32,
+        success="success",
+        instructions=("lift the red cube", "lift the blue cube"),
+        target="target",
+        expert="expert_action",
+        demo_params={"reset": {"gantry_share": 0.5}},
+    ),
+}
+
+
+# Copied from grpo_gr00t.py:Observation
+class Observation(NamedTuple):
+    """What the policy sees at a chunk boundary."""
+
+    images: Tensor  # (N, V, H, W, 3) uint8
+    state: Tensor  # (N, d) in the simulator's units
+    prompt: Tensor  # (N,) int64, index of the instruction
+
+
+# Copied from grpo_gr00t.py:ChunkEnv
+class ChunkEnv:
+    """Isaac Lab in chunks of actions, over a fixed horizon: no resets inside, success is remembered and masks the rest.
+
+    Images are rendered at chunk boundaries only. With `group_size`, consecutive environments start from the state and
+    the instruction of the first of them.
+    """
+
+    def __init__(self, task_id: str, cfg, instructions: tuple[str, ...]):
+        from isaaclab.managers import TerminationManager
+
+        self.task = TASKS[task_id]
+        success = getattr(cfg.terminations, self.task.success)
+        cfg.terminations = {}  # episodes end at the horizon, all at once
+        self.env = gym.make(task_id, cfg=cfg).unwrapped
+        self.terminations = TerminationManager({"success": success}, self.env)
+        self.num_envs, self.device = self.env.num_envs, self.env.device
+        self.instructions = instructions
+        self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # (N,)
+
+    def reset(self, seed: int, group_size: int = 1) -> Observation:
+        """Starts one episode everywhere; the starts depend on the seed and the number of environments alone."""
+        env = self.env
+        env.reset(seed=seed)
+        if group_size > 1:
+            leader = torch.arange(self.num_envs, device=self.device) // group_size * group_size  # (N,)
+
+            def of_leader(tree):
+                return {k: of_leader(v) if isinstance(v, dict) else v[leader].clone() for k, v in tree.items()}
+
+            state = of_leader(env.scene.get_state(is_relative=True))
+            target = getattr(env, self.task.target)[leader].clone() if self.task.target else None
+            env.reset_to(state, None, is_relative=True)  # draws new starts, then overwrites them
+            if target is not None:
+                getattr(env, self.task.target)[:] = target
+            env.obs_buf = env.observation_manager.compute()
+        self.terminations.reset()
+        self.success.zero_()
+        return self.observe()
+
+    def step_chunk(self, actions: Tensor, last: bool = False, frames: list | None = None) -> Observation | None:
+        """Executes (N, chunk, d) actions; `self.success` is up to date afterwards. No image is rendered after the last.
+
+        With `frames`, appends an image of every environment after every second step.
+        """
+        for i in range(actions.shape[1]):
+            self.env.step(actions[:, i])
+            self.terminations.compute()
+            self.success |= self.terminations.get_term("success")
+            if frames is not None and i % 2:
+                frames.append((self.images()[:, 0], self.success.clone()))
+        return None if last else self.observe()
+
+    def images(self) -> Tensor:
+        """(N, V, H, W, 3) uint8; renders if the scene has moved since the last call."""
+        sensors = self.env.scene.sensors
+        return torch.stack([sensors[name].data.output["rgb"].torch[..., :3] for name in self.task.cameras], 1)
+
+    def observe(self) -> Observation:
+        own = self.task.target is not None and len(self.instructions) > 1
+        prompt = getattr(self.env, self.task.target).clone() if own else torch.zeros_like(self.success, dtype=torch.long)
+        return Observation(self.images(), self.env.obs_buf["policy"].clone(), prompt)
+
+
+# Copied from grpo_gr00t.py:make_env
+@contextlib.contextmanager
+def make_env(args: Args, image_size: int, log_file: Path, ranks: Ranks):
+    """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
+    with open(log_file, "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own tasks)
+        from isaaclab.app import launch_simulation
+        from isaaclab_tasks.utils import parse_env_cfg
+
+        task = TASKS[args.task]
+        importlib.import_module(task.module)
+        presets = [f"{k}={v}" for k, v in (("physics", args.physics), ("renderer", args.renderer)) if v]
+        try:
+            cfg = parse_env_cfg(args.task, args.device, args.num_envs // ranks.world, overrides=presets)
+        except Exception as error:  # hydra's own kinds
+            raise UsageError(f"--physics {args.physics} --renderer {args.renderer}: {error}") from error
+        cfg.scene.env_spacing = 0.0  # equal rounding everywhere: members of a group stay bit-identical
+        for name in task.cameras:
+            camera = getattr(cfg.scene, name)
+            camera.height = camera.width = image_size
+        launcher = argparse.Namespace(device=args.device, headless=True, enable_cameras=True)
+        simulation = contextlib.ExitStack()
+        simulation.enter_context(launch_simulation(cfg, launcher))
+        env = ChunkEnv(args.task, cfg, (args.instruction,) if args.instruction else task.instructions)
+        env.reset(seed=0)
+    with simulation:
+        yield env
+        env.env.close()
+
+
+# ======================================================================================================================
+# GR00T wrapper
+# ======================================================================================================================
+# Copied from grpo_gr00t.py:Noise
+class Noise:
+    """Random numbers that do not depend on how environments are split: every rank draws all rows and keeps its own."""
+
+    def __init__(self, device: str, ranks: Ranks, *seeds: int):
+        entropy = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
+        self.generator = torch.Generator(device).manual_seed(entropy)
+        self.device, self.ranks = device, ranks
+
+    def own(self, x: Tensor) -> Tensor:
+        n = len(x) // self.ranks.world
+        return x[self.ranks.rank * n : (self.ranks.rank + 1) * n]
+
+    def normal(self, n: int, *shape: int) -> Tensor:
+        """(n, *shape) standard normal numbers."""
+        return self.own(torch.randn(n * self.ranks.world, *shape, generator=self.generator, device=self.device))
+
+    def integers(self, n: int, high: int) -> Tensor:
+        """(n,) int64 in [0, high)."""
+        return self.own(torch.randint(high, (n * self.ranks.world,), generator=self.generator, device=self.device))
+
+
+class PolicyOutput(NamedTuple):
+    """What one policy call returns."""
+
+    action: Tensor  # (N, chunk, d) in the simulator's units
+
+
+class Gr00tPolicy(nn.Module):
+    """GR00T N1.5 with its processor; acts by the ODE."""
+
+    def __init__(self, args: Args, net: Gr00tN1d5, processor: Gr00tProcessor, instructions: tuple[str, ...]):
+        super().__init__()
+        self.net, self.processor = net.to(args.device), processor.to(args.device)
+        self.chunk, self.steps, self.micro_batch_size = net.config.action_horizon, args.denoise_steps, args.micro_batch_size
+        try:
+            prompts = [processor.prompt(text, len(TASKS[args.task].cameras)) for text in instructions]
+        except ValueError as error:
+            raise UsageError(f"--instruction: {error}") from error
+        if len({len(p) for p in prompts}) > 1:
+            raise UsageError(f"--task {args.task}: its instructions differ in token count; choose one with --instruction")
+        self.register_buffer("prompts", torch.stack(prompts).to(args.device), persistent=False)  # (P, L)
+
+    def embodiment(self, n: int) -> Tensor:
+        return torch.full((n,), self.processor.embodiment_id, dtype=torch.long, device=self.prompts.device)
+
+    def context(self, images: Tensor, state: Tensor, prompt: Tensor):
+        """What the denoising steps need of raw observations: images (B, V, H, W, 3), state (B, d), prompt (B,)."""
+        features = self.net.backbone(self.prompts[prompt], self.processor.images(images))
+        state = self.processor.normalize_state(state)
+        return self.net.action_head.encode(features, state, self.embodiment(len(state)))
+
+    @torch.no_grad()
+    def act(self, obs: Observation, noise: Noise, explore: bool = False) -> PolicyOutput:
+        """Actions by the ODE; an imitated policy does not explore."""
+        config, actions = self.net.config, []
+        start = noise.normal(len(obs.state), config.action_horizon, config.action_dim)  # (N, H, A)
+        for i in range(0, len(start), self.micro_batch_size):
+            rows = slice(i, i + self.micro_batch_size)
+            context = self.context(*(x[rows] for x in obs))
+            x = self.net.action_head.sample(context, self.embodiment(len(start[rows])), start[rows], self.steps)
+            actions.append(self.processor.unnormalize_action(x))
+        return PolicyOutput(torch.cat(actions))
+
+    def save(self, folder: Path) -> None:
+        """Writes the checkpoint in NVIDIA's layout: weights, config.json, metadata.json, tokenizer."""
+        self.net.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def make_policy(args: Args, demos: Demonstrations | None, env_cameras: dict, instructions: tuple[str, ...]) -> Gr00tPolicy:
+    """The network to train (or to evaluate, without demonstrations) and its processor."""
+    task = TASKS[args.task]
+    try:
+        if args.checkpoint:
+            net = Gr00tN1d5.from_pretrained(args.checkpoint, dtype=None if args.evaluate else torch.float32)
+        else:
+            torch.manual_seed(args.seed)
+            net = Gr00tN1d5(Gr00tConfig.tiny()).eval()
+        if demos is None:
+            tag = args.embodiment_tag if args.embodiment_tag != "new_embodiment" else None
+            return Gr00tPolicy(args, net, Gr00tProcessor.from_pretrained(args.checkpoint, net.config, tag), instructions)
+        if args.checkpoint:
+            tokenizer = load_tokenizer(args.checkpoint)
+        else:
+            tokenizer = tiny_tokenizer(sorted({word for text in instructions for word in text.split()}), net.config)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
+
+    def by_key(x: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
+        return dict(zip(sizes, x.split(list(sizes.values()), dim=1)))
+
+    processor = Gr00tProcessor.from_statistics(
+        net.config,
+        args.embodiment_tag,
+        by_key(demos.state, task.state),
+        by_key(demos.action.flatten(0, 1), task.action),
+        env_cameras,
+        tokenizer,
+    )
+    return Gr00tPolicy(args, net, processor, instructions)
+
+
+# ======================================================================================================================
+# rollout
+# ======================================================================================================================
+# Copied from grpo_gr00t.py:episode_seed
+def episode_seed(seed: int, iteration: int, ranks: Ranks) -> int:
+    """Seed of an iteration's starts; differs by rank."""
+    return int(np.random.SeedSequence((seed, iteration, ranks.rank)).generate_state(1)[0] >> 1)
+
+
+class Demonstrations(NamedTuple):
+    """Observations of successful expert episodes, each with the actions that followed."""
+
+    images: Tensor  # (S, V, H, W, 3) uint8
+    state: Tensor  # (S, d)
+    prompt: Tensor  # (S,)
+    action: Tensor  # (S, horizon, d)
+
+
+def collect(args: Args, env: ChunkEnv, action_horizon: int, logger: RunLogger) -> Demonstrations:
+    """Runs the task's expert and keeps `frames_per_demo` observations of every successful episode."""
+    expert = getattr(importlib.import_module(env.task.module), env.task.expert)
+    events, usual = env.env.event_manager, {}
+    for name, params in env.task.demo_params.items():
+        usual[name] = dict(events.get_term_cfg(name).params)
+        events.get_term_cfg(name).params.update(params)
+    rng, parts, successes = np.random.default_rng(args.seed), [], 0
+    batches = math.ceil(args.demos / args.num_envs)
+    for b in range(batches):
+        obs = env.reset(episode_seed(args.seed, b, Ranks(0, 1, 0)))
+        # an expert is done by half time; a chunk of actions must follow every kept observation
+        latest = min(env.task.horizon // 2, env.task.horizon - action_horizon)
+        times = {0, *rng.choice(np.arange(1, latest + 1), min(args.frames_per_demo - 1, latest), replace=False).tolist()}
+        kept, actions = [], []
+        for t in range(env.task.horizon):
+            if t in times:
+                kept.append((t, env.observe() if t else obs, ~env.success))
+            actions.append(expert(env.env))
+            env.step_chunk(actions[-1][:, None], last=True)
+        actions = torch.stack(actions, 1)  # (N, horizon, d)
+        for t, seen, before in kept:
+            rows = before & env.success
+            parts.append(Demonstrations(*(x[rows] for x in (*seen, actions[:, t : t + action_horizon]))))
+        successes += int(env.success.sum())
+        if b % 10 == 9 or b + 1 == batches:
+            count = (b + 1) * args.num_envs
+            logger.event(f"demonstrations: {count}, expert success {successes / count:.3f}")
+    for name, params in usual.items():
+        events.get_term_cfg(name).params.update(params)
+    return Demonstrations(*(torch.cat(x) for x in zip(*parts)))
+
+
+# ======================================================================================================================
+# loss
+# ======================================================================================================================
+def flow_matching_loss(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """GR00T's imitation loss on some demonstrations, (B,) row indices; a scalar."""
+    device = policy.prompts.device
+    images, state, prompt, action = (x[rows].to(device) for x in demos)
+    with torch.set_grad_enabled(policy.net.backbone.training):
+        context = policy.context(images, state, prompt)
+    target = policy.processor.normalize_action(action)  # (B, H, A)
+    mask = torch.zeros_like(target)
+    mask[..., : policy.processor.valid_action_dims] = 1.0
+    noise = torch.randn(target.shape, generator=generator).to(device)
+    t = policy.net.action_head.sample_time(len(rows), generator).to(device)
+    row = policy.embodiment(len(rows))
+    return policy.net.action_head.flow_matching_loss(context, row, target, mask, noise, t)
+
+
+# ======================================================================================================================
+# train
+# ======================================================================================================================
+def train(args: Args, env: ChunkEnv, logger: RunLogger, instructions: tuple[str, ...]) -> None:
+    """Collects, trains, evaluates and saves."""
+    start, ranks = time.time(), Ranks(0, 1, 0)
+    horizon = checkpoint_horizon(args)
+    demos = collect(args, env, horizon, logger)
+    size = env.images().shape[2]
+    video = {name: {"resolution": [size, size], "channels": 3, "fps": 25} for name in env.task.cameras}
+    policy = make_policy(args, demos, video, instructions)
+    policy.net.backbone.train(args.tune == "all").requires_grad_(args.tune == "all")
+    parameters = [p for p in policy.net.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.99))
+    average = copy.deepcopy(policy).requires_grad_(False)
+    smooth = [p for p, q in zip(average.net.parameters(), policy.net.parameters()) if q.requires_grad]
+    generator = torch.Generator().manual_seed(args.seed)
+    logger.event(f"{len(demos.state)} samples, {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters")
+    running, result, began = None, None, time.time()
+    for step in range(args.steps):
+        warmup, progress = min(1.0, (step + 1) / 100), step / args.steps
+        rate = args.learning_rate * warmup * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = torch.randint(len(demos.state), (args.batch_size,), generator=generator)
+        loss = flow_matching_loss(policy, demos, rows.to(demos.state.device), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+        decay = min(args.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(smooth, [p.detach() for p in parameters], 1 - decay)
+        running = loss.detach() if running is None else torch.lerp(running, loss.detach(), 0.02)
+        last = step + 1 == args.steps
+        evaluated = last or (args.eval_every and (step + 1) % args.eval_every == 0)
+        if evaluated or (step + 1) % 50 == 0:
+            value = running.item()
+            if not math.isfinite(value):
+                raise UsageError(f"the loss became nan or inf at step {step}: lower --learning-rate")
+            metrics = {"update/loss": value, "update/learning_rate": rate, "time/elapsed": time.time() - start}
+            if evaluated:
+                result = evaluate(args, env, average, ranks)
+                metrics |= {"eval/ode_success": result["mean"], "eval/episodes": result["episodes"]}
+                logger.event(f"step {step + 1}: ODE success {describe(result)}")
+                average.save(logger.run_dir / "checkpoints" / ("last" if last else f"step_{step + 1:06d}"))
+            logger.log(step, metrics)
+    logger.curve_png()
+    logger.summary(
+        {
+            "algorithm": "sft",
+            **{name: getattr(args, name) for name in ("task", "seed", "steps", "device", "demos")},
+            "samples": len(demos.state),
+            "seconds": time.time() - start,
+            "seconds_training": time.time() - began,
+            "instructions": instructions,
+            "loss": running.item(),
+            "ode_success": result,
+        }
+    )
+
+
+def checkpoint_horizon(args: Args) -> int:
+    """Actions per chunk of the network that will be trained."""
+    if args.checkpoint is None:
+        return Gr00tConfig.tiny().action_horizon
+    return Gr00tN1d5.from_pretrained(args.checkpoint, device="meta").config.action_horizon
+
+
+# ======================================================================================================================
+# evaluate
+# ======================================================================================================================
+# Copied from grpo_gr00t.py:evaluate
+@torch.no_grad()
+def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore: bool = False) -> dict[str, float]:
+    """Success on fixed episodes, by the ODE (or the exploring sampler), with its Wilson 95% interval.
+
+    Returns:
+        mean, low, high, episodes.
+    """
+    successes, batches = [], math.ceil(args.eval_episodes / args.num_envs)
+    for b in range(batches):
+        obs = env.reset(episode_seed(args.eval_seed, b, ranks))
+        noise = Noise(args.device, ranks, args.eval_seed, b)
+        chunks = env.task.horizon // policy.chunk
+        for t in range(chunks):
+            obs = env.step_chunk(policy.act(obs, noise, explore).action, last=t + 1 == chunks)
+        successes.append(env.success.sum())
+    count, episodes = float(ranks.sum(torch.stack(successes).sum())), batches * args.num_envs
+    low, high = wilson_interval(count, episodes)
+    return {"mean": count / episodes, "low": low, "high": high, "episodes": episodes}
+
+
+# Copied from grpo_gr00t.py:describe
+def describe(result: dict[str, float]) -> str:
+    return f"{result['mean']:.3f} [{result['low']:.3f}, {result['high']:.3f}] of {result['episodes']} episodes"
+
+
+# ======================================================================================================================
+# main
+# ======================================================================================================================
+def main(args: Args) -> None:
+    args = resolve(args)
+    run_dir, task, ranks = Path("runs") / args.exp_name, TASKS[args.task], Ranks(0, 1, 0)
+    instructions = (args.instruction,) if args.instruction else task.instructions
+    policy = make_policy(args, None, {}, instructions) if args.evaluate else None
+    size = policy.net.config.image_size if policy else Gr00tConfig.tiny().image_size
+    try:
+        logger = RunLogger(
+            run_dir,
+            dataclasses.asdict(args),
+            script=__file__,
+            total_iterations=args.steps,
+            track=args.track,
+            wandb_project=args.wandb_project,
+            device=args.device,
+            sources=[HERE / "gr00t_n1d5.py", HERE / f"{task.module}.py"],
+        )
+    except OSError as error:
+        raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
+    logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs")
+    logger.event(f"instructions: {'; '.join(instructions)}")
+    logger.event(f"starting the simulator (its own output: {run_dir}/simulator.log)")
+    with make_env(args, size, run_dir / "simulator.log", ranks) as env:
+        if policy:
+            result = evaluate(args, env, policy, ranks)
+            logger.event(f"ODE success of {args.checkpoint}: {describe(result)}")
+            logger.summary({"task": args.task, "checkpoint": args.checkpoint, "ode_success": result})
+        else:
+            train(args, env, logger, instructions)
+    logger.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    except UsageError as error:
+        sys.exit(f"error: {error}")
