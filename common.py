@@ -447,15 +447,16 @@ class RunLogger:
         except OSError as e:
             code = e.errno or errno.EIO
             raise OSError(code, f"cannot write the run directory {self.run_dir}: {e.strerror or e}") from e
-        if console is None and sys.stdout.isatty():
+        self._out = sys.stdout  # kept: what a simulator prints at start-up may be sent elsewhere
+        if console is None and self._out.isatty():
             from rich.console import Console
 
-            console = Console()
+            console = Console(file=self._out)
         self._console = console
         self._handler = logging.Handler()  # the kernels' "which path" lines become events
         self._handler.emit = lambda record: self.event(record.getMessage())  # type: ignore[method-assign]
-        log.addHandler(self._handler)
-        log.setLevel(logging.INFO)
+        self._heard: list[logging.Logger] = []
+        self.listen("common")
         if track:
             self._start_wandb(args, wandb_project)
 
@@ -514,6 +515,15 @@ class RunLogger:
                 self.wandb = None
                 self.event(f"W&B failed, the run goes on without it: {type(e).__name__}: {e}")
 
+    def listen(self, name: str) -> None:
+        """Shows the log lines (INFO and above) of a module as events."""
+        if self.is_main:
+            source = logging.getLogger(name)
+            source.addHandler(self._handler)
+            source.setLevel(logging.INFO)
+            source.propagate = False
+            self._heard.append(source)
+
     # ------------------------------------------------ during the run
 
     def event(self, message: str) -> None:
@@ -526,7 +536,7 @@ class RunLogger:
         if self._console is not None:
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(message, flush=True)
+            print(message, file=self._out, flush=True)
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         """Metrics of one iteration to metrics.jsonl (flushed), W&B and the terminal. 0-d tensors are read."""
@@ -539,7 +549,7 @@ class RunLogger:
         shown = {"iteration": float(iteration), **numbers}
         self._latest.update(shown)
         if self._console is None:
-            print("  ".join(f"{label} {text}" for label, text in self._fields(shown)), flush=True)
+            print("  ".join(f"{label} {text}" for label, text in self._fields(shown)), file=self._out, flush=True)
         elif self._live is None:  # only now: the simulator's start-up noise would tear the block
             from rich.live import Live
 
@@ -683,7 +693,8 @@ class RunLogger:
             atexit.unregister(self._live.stop)
         self._wandb_do(lambda run: run.finish())
         self.wandb = None
-        log.removeHandler(self._handler)
+        for source in self._heard:
+            source.removeHandler(self._handler)
         self._metrics.close()
         self._log.close()
 

@@ -28,7 +28,6 @@ import dataclasses
 import difflib
 import importlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -106,6 +105,7 @@ ARGS = tyro.cli(Args) if __name__ == "__main__" else None
 
 import gymnasium as gym  # noqa: E402
 import numpy as np  # noqa: E402
+import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -123,15 +123,18 @@ class Ranks(NamedTuple):
 
     rank: int
     world: int
-    local: int
 
     @classmethod
-    def start(cls, device: str) -> Ranks:
-        """Joins the process group that torchrun describes (gloo on a CPU, NCCL on GPUs)."""
-        ranks = cls(*(int(os.environ.get(name, default)) for name, default in
-                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))  # fmt: skip
-        if ranks.world > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    def start(cls, args: Args) -> Ranks:
+        """Joins the process group that torchrun describes (gloo on a CPU, NCCL on GPUs); all get rank 0's run name."""
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(args.device)
+        ranks = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        if ranks.world > 1:
+            dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+            name = [args.exp_name]
+            dist.broadcast_object_list(name, device=torch.device(args.device))
+            args.exp_name = name[0]
         return ranks
 
     def sum(self, x: Tensor) -> Tensor:
@@ -161,7 +164,7 @@ def resolve(args: Args) -> Args:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {args.device}: torch sees no CUDA GPU here; use --device cpu")
-    if args.device == "cuda":
+    if args.device == "cuda":  # torchrun says which one
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     column = 2 if full_size(args.checkpoint) else 1 if args.device.startswith("cuda") else 0
     for name, values in DEFAULTS.items():
@@ -189,6 +192,8 @@ def resolve(args: Args) -> Args:
     if not args.exp_name:
         stem = "eval" if args.evaluate else "grpo_gr00t"
         args.exp_name = f"{stem}__{args.task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    if not args.resume and (Path("runs") / args.exp_name / "metrics.jsonl").exists():
+        raise UsageError(f"--exp-name {args.exp_name}: that run exists; take another name or --resume runs/{args.exp_name}")
     return args
 
 
@@ -197,7 +202,10 @@ def resumed_args(args: Args) -> Args:
     file = Path(args.resume) / "args.json"
     if not file.is_file():
         raise UsageError(f"--resume {args.resume}: no args.json there; name a folder like runs/<name>")
-    saved = Args(**{**json.loads(file.read_text())["args"], "resume": args.resume})
+    try:
+        saved = Args(**{**json.loads(file.read_text())["args"], "resume": args.resume})
+    except (TypeError, ValueError, KeyError) as error:
+        raise UsageError(f"--resume {args.resume}: its args.json is not this script's ({error})") from error
     for field in dataclasses.fields(Args):
         given, old = getattr(args, field.name), getattr(saved, field.name)
         if field.name != "resume" and given != field.default and given != old:
@@ -264,7 +272,7 @@ class ChunkEnv:
     the instruction of the first of them.
     """
 
-    def __init__(self, task_id: str, cfg, instructions: tuple[str, ...]):
+    def __init__(self, task_id: str, cfg, instruction: str | None):
         from isaaclab.managers import TerminationManager
 
         self.task = TASKS[task_id]
@@ -273,13 +281,17 @@ class ChunkEnv:
         self.env = gym.make(task_id, cfg=cfg).unwrapped
         self.terminations = TerminationManager({"success": success}, self.env)
         self.num_envs, self.device = self.env.num_envs, self.env.device
-        self.instructions = instructions
+        self.instructions = (instruction,) if instruction else self.task.instructions
+        # an instruction of the task's own fixes what is asked for; any other wording leaves that to the task
+        self.asked = self.task.instructions.index(instruction) if instruction in self.task.instructions else None
         self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # (N,)
 
     def reset(self, seed: int, group_size: int = 1) -> Observation:
         """Starts one episode everywhere; the starts depend on the seed and the number of environments alone."""
         env = self.env
         env.reset(seed=seed)
+        if self.asked is not None and self.task.target:
+            getattr(env, self.task.target).fill_(self.asked)
         if group_size > 1:
             leader = torch.arange(self.num_envs, device=self.device) // group_size * group_size  # (N,)
 
@@ -291,7 +303,7 @@ class ChunkEnv:
             env.reset_to(state, None, is_relative=True)  # draws new starts, then overwrites them
             if target is not None:
                 getattr(env, self.task.target)[:] = target
-            env.obs_buf = env.observation_manager.compute()
+        env.obs_buf = env.observation_manager.compute()
         self.terminations.reset()
         self.success.zero_()
         return self.observe()
@@ -321,9 +333,11 @@ class ChunkEnv:
 
 
 @contextlib.contextmanager
-def make_env(args: Args, image_size: int, log_file: Path, ranks: Ranks):
+def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
     """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
-    with open(log_file, "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    run_dir.mkdir(parents=True, exist_ok=True)  # ranks other than 0 may be here first
+    log = open(run_dir / f"simulator{ranks.rank or ''}.log", "a")
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own tasks)
         from isaaclab.app import launch_simulation
         from isaaclab_tasks.utils import parse_env_cfg
@@ -342,7 +356,7 @@ def make_env(args: Args, image_size: int, log_file: Path, ranks: Ranks):
         launcher = argparse.Namespace(device=args.device, headless=True, enable_cameras=True)
         simulation = contextlib.ExitStack()
         simulation.enter_context(launch_simulation(cfg, launcher))
-        env = ChunkEnv(args.task, cfg, (args.instruction,) if args.instruction else task.instructions)
+        env = ChunkEnv(args.task, cfg, args.instruction)
         env.reset(seed=0)
     with simulation:
         yield env
@@ -423,9 +437,10 @@ def gaussian_log_prob(y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class Gr00tActor(nn.Module):
     """GR00T N1.5 as a stochastic policy: frozen backbone, trained action head, frozen copy of the head as the base."""
 
-    def __init__(self, args: Args, instructions: tuple[str, ...]):
+    def __init__(self, args: Args):
         super().__init__()
         task = TASKS[args.task]
+        self.instructions = (args.instruction,) if args.instruction else task.instructions
         try:
             self.net = Gr00tN1d5.from_pretrained(args.checkpoint)
             self.processor = Gr00tProcessor.from_pretrained(args.checkpoint, self.net.config, args.embodiment_tag)
@@ -433,11 +448,11 @@ class Gr00tActor(nn.Module):
         except (OSError, ValueError) as error:
             raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
         try:
-            prompts = [self.processor.prompt(text, len(task.cameras)) for text in instructions]
+            prompts = [self.processor.prompt(text, len(task.cameras)) for text in self.instructions]
         except ValueError as error:
             raise UsageError(f"--instruction: {error}") from error
         if len({len(p) for p in prompts}) > 1:
-            raise UsageError(f"--task {args.task}: its instructions differ in token count; choose one with --instruction")
+            raise UsageError(f"--task {args.task}: instructions of different token counts; choose one with --instruction")
         config = self.net.config
         for kind, sizes in (("state", task.state), ("action", task.action)):
             found = len(self.processor.normalizers[kind])
@@ -706,17 +721,17 @@ def plan_minibatches(batch: Batch, args: Args, iteration: int, ranks: Ranks) -> 
 
 def update(policy: Gr00tActor, optimizer, batch: Batch, plan, args: Args, ranks: Ranks) -> tuple[dict, dict]:
     """One optimizer step per minibatch; returns sums and maxima for the log, on the device."""
-    parameters, sums = policy.trainable(), {}
-    extremes = dict.fromkeys(("grad_norm", "first_ratio_error"), torch.zeros((), device=args.device))
+    parameters, zero = policy.trainable(), torch.zeros((), device=args.device)
+    sums = dict.fromkeys(("loss", "clip_frac", "approx_kl", "kl_base", "kl_count"), zero)
+    sums |= dict.fromkeys(("clipped_per_step", "count_per_step"), zero.expand(policy.steps))
+    extremes = dict.fromkeys(("grad_norm", "first_ratio_error"), zero)
     for step, (rows, size) in enumerate(plan):
         optimizer.zero_grad(set_to_none=False)
         with_kl = args.kl_coef > 0 or step == 0
-        for micro in rows.split(args.micro_batch_size):
+        for micro in rows.split(args.micro_batch_size) if len(rows) else ():
             loss, new, ratio_error = grpo_loss(policy, batch, micro, args, with_kl)
             (loss / size).backward()
-            sums = {name: value + sums.get(name, 0.0) for name, value in new.items()} | {
-                name: value for name, value in sums.items() if name not in new
-            }
+            sums = {name: value + new[name] if name in new else value for name, value in sums.items()}
             if step == 0:
                 extremes["first_ratio_error"] = torch.maximum(extremes["first_ratio_error"], ratio_error)
         ranks.sum_gradients(parameters)
@@ -803,11 +818,11 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, rank
             metrics |= {"eval/ode_success": result["mean"], "eval/episodes": result["episodes"]}
             if result["mean"] > run["best"]:
                 run["best"] = result["mean"]
-                save_checkpoint(args, policy, None, run, "best", ranks)
+                save_checkpoint(args, policy, None, run, "best", logger)
         run["elapsed"] = time.time() - begin
         logger.log(iteration, metrics | {"time/elapsed": run["elapsed"], "time/evaluating": evaluating})
         if last or (iteration + 1) % args.save_every == 0:
-            save_checkpoint(args, policy, optimizer, run, f"step_{iteration + 1:06d}", ranks)
+            save_checkpoint(args, policy, optimizer, run, f"step_{iteration + 1:06d}", logger)
             logger.curve_png()
     after = evaluate(args, env, policy, ranks)
     sde = evaluate(args, env, policy, ranks, explore=True)
@@ -857,21 +872,16 @@ def check_memory(args: Args, policy: Gr00tActor, ranks: Ranks) -> str:
     """
     config, task = policy.net.config, TASKS[args.task]
     samples = args.num_envs // ranks.world * (task.horizon // policy.chunk)
-    steps = policy.stochastic_steps if policy.all_steps else 1
-    chain = 2 * 4 * steps * config.action_horizon * config.action_dim
+    chain = 8 * (policy.stochastic_steps if policy.all_steps else 1) * config.action_horizon * config.action_dim
     pixels = 3 * len(task.cameras) * config.image_size**2
-    size = next(policy.net.backbone.parameters()).element_size()
-    features = policy.prompts.shape[1] * config.text_hidden_size * size
-    on_gpu = args.device.startswith("cuda")
+    features = policy.prompts.shape[1] * config.text_hidden_size * next(policy.net.backbone.parameters()).element_size()
     need = samples * (chain + (pixels if args.feature_cache == "off" else features)) / 1e9
-    host = not on_gpu or args.feature_cache == "cpu"
-    if host:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    else:
-        free = torch.cuda.mem_get_info()[0] / 1e9
-    plan = f"{samples} samples an iteration, {need:.2f} GB {'of host memory' if host else 'on the GPU'} ({free:.1f} GB free)"
-    if need > free:
-        raise UsageError(f"--num-envs {args.num_envs}: {plan}; use fewer, or --feature-cache {'off' if host else 'cpu'}")
+    host = args.device == "cpu" or args.feature_cache == "cpu"
+    free = psutil.virtual_memory().available if host else torch.cuda.mem_get_info()[0]
+    plan = f"{samples} samples an iteration: {need:.2f} of {free / 1e9:.1f} GB free {'on the host' if host else 'on the GPU'}"
+    if need > free / 1e9:
+        other = "off" if host else "cpu"
+        raise UsageError(f"--num-envs {args.num_envs}: {plan}; use fewer, or --feature-cache {other}")
     return plan
 
 
@@ -881,9 +891,9 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1].parent if found else None
 
 
-def save_checkpoint(args: Args, policy: Gr00tActor, optimizer, run: dict, name: str, ranks: Ranks) -> None:
-    """Writes runs/<name>/checkpoints/<name> whole or not at all, and drops outdated ones."""
-    if ranks.rank > 0:
+def save_checkpoint(args: Args, policy: Gr00tActor, optimizer, run: dict, name: str, logger: RunLogger) -> None:
+    """Writes runs/<run>/checkpoints/<name> whole or not at all, and drops outdated ones."""
+    if not logger.is_main:
         return
 
     def write(partial: Path) -> None:
@@ -891,7 +901,7 @@ def save_checkpoint(args: Args, policy: Gr00tActor, optimizer, run: dict, name: 
         if optimizer is not None:
             torch.save({**run, "optimizer": optimizer.state_dict()}, partial / "trainer_state.pt")
 
-    folder = Path("runs") / args.exp_name / "checkpoints"
+    folder = logger.run_dir / "checkpoints"
     replace_folder(folder / name, write)
     for outdated in sorted(folder.glob("step_*"))[: -args.keep_checkpoints]:
         shutil.rmtree(outdated)
@@ -941,18 +951,13 @@ def record_group(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, lo
 # ======== main ========================================================================================================
 def main(args: Args) -> None:
     args = resolve(args)
-    ranks = Ranks.start(args.device)
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
-    run_dir, state, task = Path("runs") / args.exp_name, None, TASKS[args.task]
-    instructions = (args.instruction,) if args.instruction else task.instructions
-    policy = Gr00tActor(args, instructions)
-    plan = check_memory(args, policy, ranks)
+    ranks = Ranks.start(args)
+    run_dir = Path(args.resume or Path("runs") / args.exp_name)
+    policy = Gr00tActor(args)
+    plan, state = check_memory(args, policy, ranks), None
     if args.resume:
-        run_dir = Path(args.resume)
         folder = latest_checkpoint(run_dir)
-        trained = Gr00tN1d5.from_pretrained(folder)
-        policy.net.action_head.load_state_dict(trained.action_head.state_dict())
+        policy.net.action_head.load_state_dict(Gr00tN1d5.from_pretrained(folder).action_head.state_dict())
         state = torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
     try:
         logger = RunLogger(
@@ -965,25 +970,30 @@ def main(args: Args) -> None:
             resume_iteration=state["iteration"] if state else 0,
             is_main=ranks.rank == 0,
             device=args.device,
-            sources=[HERE / "gr00t_n1d5.py", HERE / f"{task.module}.py"],
+            sources=[HERE / "gr00t_n1d5.py", HERE / f"{TASKS[args.task].module}.py"],
         )
     except OSError as error:
         raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
-    for name in ("common", task.module):
-        logging.getLogger(name).setLevel(logging.INFO)
+    logger.listen(TASKS[args.task].module)
     logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs in groups of {args.group_size}; {plan}")
-    logger.event(f"instructions: {'; '.join(instructions)}")
+    logger.event(f"instructions: {'; '.join(policy.instructions)}")
     logger.event(f"starting the simulator (its own output: {run_dir}/simulator.log)")
-    with make_env(args, policy.net.config.image_size, run_dir / "simulator.log", ranks) as env:
-        if args.evaluate:
-            result = evaluate(args, env, policy, ranks)
-            logger.event(f"ODE success of {args.checkpoint}: {describe(result)}")
-            logger.summary({"task": args.task, "checkpoint": args.checkpoint, "ode_success": result})
-        else:
-            train(args, env, policy, logger, ranks, state)
+    failure = None
+    with make_env(args, policy.net.config.image_size, run_dir, ranks) as env:
+        try:
+            if args.evaluate:
+                result = evaluate(args, env, policy, ranks)
+                logger.event(f"ODE success of {args.checkpoint}: {describe(result)}")
+                logger.summary({"task": args.task, "checkpoint": args.checkpoint, "ode_success": result})
+            else:
+                train(args, env, policy, logger, ranks, state)
+        except UsageError as error:  # the simulator would print a traceback
+            failure = error
     logger.close()
     if ranks.world > 1:
         dist.destroy_process_group()
+    if failure:
+        raise failure
 
 
 if __name__ == "__main__":

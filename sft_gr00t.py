@@ -169,6 +169,8 @@ def resolve(args: Args) -> Args:
     if not args.exp_name:
         stem = "eval" if args.evaluate else "sft_gr00t"
         args.exp_name = f"{stem}__{args.task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    if (Path("runs") / args.exp_name / "metrics.jsonl").exists():
+        raise UsageError(f"--exp-name {args.exp_name}: that run exists; take another name")
     return args
 
 
@@ -226,7 +228,7 @@ class ChunkEnv:
     the instruction of the first of them.
     """
 
-    def __init__(self, task_id: str, cfg, instructions: tuple[str, ...]):
+    def __init__(self, task_id: str, cfg, instruction: str | None):
         from isaaclab.managers import TerminationManager
 
         self.task = TASKS[task_id]
@@ -235,13 +237,17 @@ class ChunkEnv:
         self.env = gym.make(task_id, cfg=cfg).unwrapped
         self.terminations = TerminationManager({"success": success}, self.env)
         self.num_envs, self.device = self.env.num_envs, self.env.device
-        self.instructions = instructions
+        self.instructions = (instruction,) if instruction else self.task.instructions
+        # an instruction of the task's own fixes what is asked for; any other wording leaves that to the task
+        self.asked = self.task.instructions.index(instruction) if instruction in self.task.instructions else None
         self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # (N,)
 
     def reset(self, seed: int, group_size: int = 1) -> Observation:
         """Starts one episode everywhere; the starts depend on the seed and the number of environments alone."""
         env = self.env
         env.reset(seed=seed)
+        if self.asked is not None and self.task.target:
+            getattr(env, self.task.target).fill_(self.asked)
         if group_size > 1:
             leader = torch.arange(self.num_envs, device=self.device) // group_size * group_size  # (N,)
 
@@ -253,7 +259,7 @@ class ChunkEnv:
             env.reset_to(state, None, is_relative=True)  # draws new starts, then overwrites them
             if target is not None:
                 getattr(env, self.task.target)[:] = target
-            env.obs_buf = env.observation_manager.compute()
+        env.obs_buf = env.observation_manager.compute()
         self.terminations.reset()
         self.success.zero_()
         return self.observe()
@@ -284,9 +290,11 @@ class ChunkEnv:
 
 # Copied from grpo_gr00t.py:make_env
 @contextlib.contextmanager
-def make_env(args: Args, image_size: int, log_file: Path, ranks: Ranks):
+def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
     """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
-    with open(log_file, "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    run_dir.mkdir(parents=True, exist_ok=True)  # ranks other than 0 may be here first
+    log = open(run_dir / f"simulator{ranks.rank or ''}.log", "a")
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own tasks)
         from isaaclab.app import launch_simulation
         from isaaclab_tasks.utils import parse_env_cfg
@@ -305,7 +313,7 @@ def make_env(args: Args, image_size: int, log_file: Path, ranks: Ranks):
         launcher = argparse.Namespace(device=args.device, headless=True, enable_cameras=True)
         simulation = contextlib.ExitStack()
         simulation.enter_context(launch_simulation(cfg, launcher))
-        env = ChunkEnv(args.task, cfg, (args.instruction,) if args.instruction else task.instructions)
+        env = ChunkEnv(args.task, cfg, args.instruction)
         env.reset(seed=0)
     with simulation:
         yield env
@@ -446,7 +454,7 @@ def collect(args: Args, env: ChunkEnv, action_horizon: int, logger: RunLogger) -
     rng, parts, successes = np.random.default_rng(args.seed), [], 0
     batches = math.ceil(args.demos / args.num_envs)
     for b in range(batches):
-        obs = env.reset(episode_seed(args.seed, b, Ranks(0, 1, 0)))
+        obs = env.reset(episode_seed(args.seed, b, Ranks(0, 1)))
         # an expert is done by half time; a chunk of actions must follow every kept observation
         latest = min(env.task.horizon // 2, env.task.horizon - action_horizon)
         times = {0, *rng.choice(np.arange(1, latest + 1), min(args.frames_per_demo - 1, latest), replace=False).tolist()}
@@ -492,7 +500,7 @@ def flow_matching_loss(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor,
 # ======================================================================================================================
 def train(args: Args, env: ChunkEnv, logger: RunLogger, instructions: tuple[str, ...]) -> None:
     """Collects, trains, evaluates and saves."""
-    start, ranks = time.time(), Ranks(0, 1, 0)
+    start, ranks = time.time(), Ranks(0, 1)
     horizon = checkpoint_horizon(args)
     demos = collect(args, env, horizon, logger)
     size = env.images().shape[2]
@@ -593,7 +601,7 @@ def describe(result: dict[str, float]) -> str:
 # ======================================================================================================================
 def main(args: Args) -> None:
     args = resolve(args)
-    run_dir, task, ranks = Path("runs") / args.exp_name, TASKS[args.task], Ranks(0, 1, 0)
+    run_dir, task, ranks = Path("runs") / args.exp_name, TASKS[args.task], Ranks(0, 1)
     instructions = (args.instruction,) if args.instruction else task.instructions
     policy = make_policy(args, None, {}, instructions) if args.evaluate else None
     size = policy.net.config.image_size if policy else Gr00tConfig.tiny().image_size
@@ -610,10 +618,11 @@ def main(args: Args) -> None:
         )
     except OSError as error:
         raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
+    logger.listen(task.module)
     logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs")
     logger.event(f"instructions: {'; '.join(instructions)}")
     logger.event(f"starting the simulator (its own output: {run_dir}/simulator.log)")
-    with make_env(args, size, run_dir / "simulator.log", ranks) as env:
+    with make_env(args, size, run_dir, ranks) as env:
         if policy:
             result = evaluate(args, env, policy, ranks)
             logger.event(f"ODE success of {args.checkpoint}: {describe(result)}")
