@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlparse
 
 if TYPE_CHECKING:
@@ -768,3 +768,81 @@ def replace_folder(target: str | Path, write: Callable[[Path], Any]) -> None:
         os.replace(target, old)
     os.replace(partial, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+class Ranks(NamedTuple):
+    """This process among those of torchrun; 0 of 1 without it."""
+
+    rank: int
+    world: int
+
+    @classmethod
+    def start(cls, device: str) -> Ranks:
+        """Joins the process group that torchrun describes: gloo on a CPU, NCCL on GPUs."""
+        ranks = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        if device.startswith("cuda"):
+            import torch
+
+            torch.cuda.set_device(device)
+        if ranks.world > 1:
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        return ranks
+
+    def stop(self) -> None:
+        """Leaves the process group."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, everywhere."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def reduce(self, x: Tensor, maximum: bool = False) -> Tensor:
+        """Sum (or maximum) of a tensor over the ranks, in place."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(x, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
+        return x
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sums gradients over the ranks in one message; a rank without samples counts as zero."""
+        if self.world == 1:
+            return
+        import torch
+
+        parameters = list(parameters)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self.reduce(torch.cat([g.flatten() for g in grads]))
+        for p, g in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
+            p.grad = g.view_as(p).clone()
+
+
+def to_host(sums: dict[str, Tensor], maxima: dict[str, Tensor], ranks: Ranks) -> dict[str, list[float]]:
+    """Brings an iteration's figures to the host in one transfer, added (or the largest taken) over the ranks.
+
+    Args:
+        sums, maxima: tensors of any shape, the same names and shapes on every rank.
+
+    Returns:
+        The numbers of each, flattened.
+    """
+    import torch
+
+    total = ranks.reduce(torch.cat([x.reshape(-1).float() for x in sums.values()]))
+    highest = ranks.reduce(torch.cat([x.reshape(-1).float() for x in maxima.values()]), maximum=True)
+    host = iter(torch.cat([total, highest]).tolist())  # the transfer
+    return {name: [next(host) for _ in range(x.numel())] for name, x in (sums | maxima).items()}

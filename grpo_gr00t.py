@@ -107,49 +107,23 @@ import gymnasium as gym  # noqa: E402
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from common import RunLogger, StageTimer, group_advantages, peak_memory_gb, replace_folder, wilson_interval  # noqa: E402
+from common import (  # noqa: E402
+    Ranks,
+    RunLogger,
+    StageTimer,
+    group_advantages,
+    peak_memory_gb,
+    replace_folder,
+    to_host,
+    wilson_interval,
+)
 from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor  # noqa: E402
 
 
 class UsageError(Exception):
     """Bad input: one line that names the flag and the remedy."""
-
-
-class Ranks(NamedTuple):
-    """This process among those of torchrun; 0 of 1 without it."""
-
-    rank: int
-    world: int
-
-    @classmethod
-    def start(cls, args: Args) -> Ranks:
-        """Joins the process group that torchrun describes (gloo on a CPU, NCCL on GPUs); all get rank 0's run name."""
-        if args.device.startswith("cuda"):
-            torch.cuda.set_device(args.device)
-        ranks = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-        if ranks.world > 1:
-            dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
-            name = [args.exp_name]
-            dist.broadcast_object_list(name, device=torch.device(args.device))
-            args.exp_name = name[0]
-        return ranks
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sums a tensor over the ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(x)
-        return x
-
-    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Sums gradients over the ranks in one message; a rank without samples counts as zero."""
-        if self.world > 1:
-            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-            flat = self.sum(torch.cat([g.flatten() for g in grads]))
-            for p, g in zip(parameters, flat.split([g.numel() for g in grads])):
-                p.grad = g.view_as(p).clone()
 
 
 def resolve(args: Args) -> Args:
@@ -626,8 +600,7 @@ def rollout(env: ChunkEnv, policy: Gr00tActor, args: Args, iteration: int, ranks
             kept = {"features": out.features}
             if args.feature_cache == "off":
                 kept = {"images": obs.images, "prompt": obs.prompt}
-            x, y, k, log_prob = out.chain
-            batch.add(**kept, state=out.state, x=x, y=y, k=k, log_prob=log_prob)
+            batch.add(**kept, state=out.state, **out.chain._asdict())
         with timer("env"):
             obs = env.step_chunk(out.action, last=t + 1 == chunks)
     with timer("policy"):
@@ -663,10 +636,10 @@ def grpo_loss(policy: Gr00tActor, batch: Batch, rows: Tensor, args: Args, with_k
         features = policy.features(batch.select("images", rows), batch.select("prompt", rows))
     else:
         features = batch.select("features", rows)
-    state, old = batch.select("state", rows), batch.select("log_prob", rows)  # (B, 1, S), (B, J)
-    chain = Chain(batch.select("x", rows), batch.select("y", rows), batch.select("k", rows), old)
+    state = batch.select("state", rows)  # (B, 1, S)
+    chain = Chain(*(batch.select(name, rows) for name in Chain._fields))
     log_prob, mean, std = policy.evaluate(features, state, chain)
-    step_log_ratio = log_prob - old  # (B, J)
+    step_log_ratio = log_prob - chain.log_prob  # (B, J)
     log_ratio = step_log_ratio.sum(1).clamp(-args.log_ratio_clamp, args.log_ratio_clamp)  # (B,)
     ratio = log_ratio.exp()
     advantage, weight = batch.select("advantage", rows), batch.select("weight", rows)  # (B,)
@@ -709,12 +682,12 @@ def plan_minibatches(batch: Batch, args: Args, iteration: int, ranks: Ranks) -> 
     """
     keep = batch.flat["keep"]
     weight = torch.where(keep, batch.flat["weight"], 0.0)
-    totals = ranks.sum(torch.stack([weight.sum(), keep.sum()]))
+    totals = ranks.reduce(torch.stack([weight.sum(), keep.sum()]))
     batch.flat["weight"] = weight * (totals[1] / totals[0].clamp(min=1e-12))
     rows = torch.nonzero(keep.cpu())[:, 0].numpy()
     rng = np.random.default_rng((args.seed, iteration, ranks.rank))
     parts = [p for _ in range(args.epochs) for p in np.array_split(rng.permutation(rows), args.minibatches)]
-    sizes = ranks.sum(torch.tensor([float(len(p)) for p in parts], device=args.device))
+    sizes = ranks.reduce(torch.tensor([float(len(p)) for p in parts], device=args.device))
     total = sizes.cpu() if ranks.world > 1 else torch.tensor([len(p) for p in parts])
     return [(torch.from_numpy(p).to(args.device), n) for p, n, m in zip(parts, sizes, total) if m > 0]
 
@@ -739,16 +712,6 @@ def update(policy: Gr00tActor, optimizer, batch: Batch, plan, args: Args, ranks:
         extremes["grad_norm"] = torch.maximum(extremes["grad_norm"], norm)
         optimizer.step()
     return sums, extremes
-
-
-def to_host(sums: dict[str, Tensor], extremes: dict[str, Tensor], ranks: Ranks) -> dict[str, list[float]]:
-    """Adds (or takes the maximum) over ranks and brings an iteration's figures to the host in one transfer."""
-    total = ranks.sum(torch.cat([x.reshape(-1).float() for x in sums.values()]))
-    highest = torch.stack([x.float() for x in extremes.values()])
-    if ranks.world > 1:
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
-    host = iter(torch.cat([total, highest]).tolist())  # the transfer
-    return {name: [next(host) for _ in range(x.numel())] for name, x in (sums | extremes).items()}
 
 
 def describe_iteration(batch: Batch, sums: dict, extremes: dict, args: Args, ranks: Ranks) -> dict[str, float]:
@@ -787,7 +750,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, rank
     per_iteration = args.num_envs * env.task.horizon
     if run["before"] is None:
         run["before"] = evaluate(args, env, policy, ranks)
-        logger.event(f"ODE success before: {describe(run['before'])}")
+        logger.event(f"ODE success before: {show(run['before'])}")
         if args.capture_video:
             record_group(args, env, policy, ranks, logger, "before")
     metrics: dict[str, float] = {}
@@ -826,7 +789,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, rank
             logger.curve_png()
     after = evaluate(args, env, policy, ranks)
     sde = evaluate(args, env, policy, ranks, explore=True)
-    logger.event(f"ODE success after: {describe(after)} (before: {describe(run['before'])})")
+    logger.event(f"ODE success after: {show(after)} (before: {show(run['before'])})")
     if args.capture_video:
         record_group(args, env, policy, ranks, logger, "after")
     logger.summary(
@@ -880,8 +843,7 @@ def check_memory(args: Args, policy: Gr00tActor, ranks: Ranks) -> str:
     free = psutil.virtual_memory().available if host else torch.cuda.mem_get_info()[0]
     plan = f"{samples} samples an iteration: {need:.2f} of {free / 1e9:.1f} GB free {'on the host' if host else 'on the GPU'}"
     if need > free / 1e9:
-        other = "off" if host else "cpu"
-        raise UsageError(f"--num-envs {args.num_envs}: {plan}; use fewer, or --feature-cache {other}")
+        raise UsageError(f"--num-envs {args.num_envs}: {plan}; use fewer, or --feature-cache {'off' if host else 'cpu'}")
     return plan
 
 
@@ -923,13 +885,13 @@ def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore
         for t in range(chunks):
             obs = env.step_chunk(policy.act(obs, noise, explore).action, last=t + 1 == chunks)
         successes.append(env.success.sum())
-    count, episodes = float(ranks.sum(torch.stack(successes).sum())), batches * args.num_envs
+    count, episodes = float(ranks.reduce(torch.stack(successes).sum())), batches * args.num_envs
     low, high = wilson_interval(count, episodes)
     return {"mean": count / episodes, "low": low, "high": high, "episodes": episodes}
 
 
-def describe(result: dict[str, float]) -> str:
-    return f"{result['mean']:.3f} [{result['low']:.3f}, {result['high']:.3f}] of {result['episodes']} episodes"
+def show(result: dict[str, float]) -> str:
+    return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result)
 
 
 @torch.no_grad()
@@ -951,7 +913,8 @@ def record_group(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, lo
 # ======== main ========================================================================================================
 def main(args: Args) -> None:
     args = resolve(args)
-    ranks = Ranks.start(args)
+    ranks = Ranks.start(args.device)
+    args.exp_name = ranks.broadcast(args.exp_name)
     run_dir = Path(args.resume or Path("runs") / args.exp_name)
     policy = Gr00tActor(args)
     plan, state = check_memory(args, policy, ranks), None
@@ -983,15 +946,14 @@ def main(args: Args) -> None:
         try:
             if args.evaluate:
                 result = evaluate(args, env, policy, ranks)
-                logger.event(f"ODE success of {args.checkpoint}: {describe(result)}")
+                logger.event(f"ODE success of {args.checkpoint}: {show(result)}")
                 logger.summary({"task": args.task, "checkpoint": args.checkpoint, "ode_success": result})
             else:
                 train(args, env, policy, logger, ranks, state)
         except UsageError as error:  # the simulator would print a traceback
             failure = error
     logger.close()
-    if ranks.world > 1:
-        dist.destroy_process_group()
+    ranks.stop()
     if failure:
         raise failure
 

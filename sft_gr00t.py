@@ -12,9 +12,7 @@
 - An exponential moving average of the weights is what is evaluated and saved.
 """
 
-# ======================================================================================================================
-# imports
-# ======================================================================================================================
+# ======== imports =====================================================================================================
 from __future__ import annotations
 
 import argparse
@@ -36,72 +34,43 @@ import tyro
 HERE = Path(__file__).resolve().parent
 
 
-# ======================================================================================================================
-# Args
-# ======================================================================================================================
+# ======== Args ========================================================================================================
 @dataclass
 class Args:
     """Flags; defaults make the shipped tiny checkpoint's kind of network on a laptop."""
 
     # general
-    task: str = "Tabletop-Lift-Cube-v0"
-    """Isaac Lab task with an expert, one of TASKS"""
-    instruction: str | None = None
-    """overrides the task's own instruction(s)"""
-    checkpoint: str | None = None
-    """GR00T N1.5 checkpoint to start from (folder or hub id); left out, a tiny network is made from scratch"""
-    embodiment_tag: str = "new_embodiment"
-    """entry of metadata.json to write"""
-    seed: int = 1
-    """seed of demonstrations, initial weights and training"""
-    device: str = "auto"
-    """cpu, cuda, cuda:N, or auto"""
-    physics: str | None = None
-    """Isaac Lab physics preset of the task"""
-    renderer: str | None = None
-    """Isaac Lab renderer preset of the task"""
-    num_envs: int = 128
-    """parallel environments"""
-    evaluate: bool = False
-    """evaluate --checkpoint, and nothing else"""
-    eval_every: int = 0
-    """training steps between ODE evaluations; 0: only at the end"""
-    eval_episodes: int = 256
-    """episodes of an evaluation (rounded up to whole batches of environments)"""
-    eval_seed: int = 7_000_000
-    """seed of the evaluation's episode starts"""
-    track: bool = True
-    """log to Weights & Biases (offline when nobody is logged in)"""
-    wandb_project: str = "gr00t-rl"
-    """Weights & Biases project"""
-    exp_name: str | None = None
-    """the run's folder is runs/<exp-name>"""
+    task: str = "Tabletop-Lift-Cube-v0"  # Isaac Lab task with an expert, one of TASKS
+    instruction: str | None = None  # overrides the task's own instruction(s)
+    checkpoint: str | None = None  # what to start from (folder or hub id); left out: a tiny network from scratch
+    embodiment_tag: str = "new_embodiment"  # entry of metadata.json to write
+    seed: int = 1  # seed of demonstrations, initial weights and training
+    device: str = "auto"  # cpu, cuda, cuda:N, or auto
+    physics: str | None = None  # Isaac Lab physics preset of the task
+    renderer: str | None = None  # Isaac Lab renderer preset of the task
+    num_envs: int = 128  # parallel environments
+    evaluate: bool = False  # evaluate --checkpoint, and nothing else
+    eval_every: int = 0  # training steps between ODE evaluations; 0: only at the end
+    eval_episodes: int = 256  # episodes of an evaluation (rounded up to whole batches of environments)
+    eval_seed: int = 7_000_000  # seed of the evaluation's episode starts
+    track: bool = True  # log to Weights & Biases (offline when nobody is logged in)
+    wandb_project: str = "gr00t-rl"  # Weights & Biases project
+    exp_name: str | None = None  # the run's folder is runs/<exp-name>
 
     # demonstrations
-    demos: int = 5120
-    """expert episodes (rounded up to whole batches of environments)"""
-    frames_per_demo: int = 8
-    """observations kept per episode: the first one and some at random"""
+    demos: int = 5120  # expert episodes (rounded up to whole batches of environments)
+    frames_per_demo: int = 8  # observations kept per episode: the first one and some at random
 
     # algorithm
-    steps: int = 1000
-    """optimizer steps"""
-    batch_size: int = 128
-    """samples per step"""
-    learning_rate: float = 1e-3
-    """AdamW's learning rate; 100 steps of warm-up, then a cosine to 2%"""
-    weight_decay: float = 1e-4
-    """on matrices only"""
-    ema: float = 0.99
-    """decay of the weights' moving average"""
-    max_grad_norm: float = 1.0
-    """global gradient norm"""
-    tune: Literal["all", "head"] = "all"
-    """what is trained"""
-    denoise_steps: int = 4
-    """K, denoising steps of the evaluation"""
-    micro_batch_size: int = 128
-    """samples per forward pass of the evaluation"""
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 128  # samples per step
+    learning_rate: float = 1e-3  # AdamW's learning rate; 100 steps of warm-up, then a cosine to 2%
+    weight_decay: float = 1e-4  # on matrices only
+    ema: float = 0.99  # decay of the weights' moving average
+    max_grad_norm: float = 1.0  # global gradient norm
+    tune: Literal["all", "head"] = "all"  # what is trained
+    denoise_steps: int = 4  # K, denoising steps of the evaluation
+    micro_batch_size: int = 128  # samples per forward pass of the evaluation
 
 
 ARGS = tyro.cli(Args) if __name__ == "__main__" else None
@@ -109,40 +78,15 @@ ARGS = tyro.cli(Args) if __name__ == "__main__" else None
 import gymnasium as gym  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from common import RunLogger, wilson_interval  # noqa: E402
+from common import Ranks, RunLogger, wilson_interval  # noqa: E402
 from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, load_tokenizer, tiny_tokenizer  # noqa: E402
 
 
 # Copied from grpo_gr00t.py:UsageError
 class UsageError(Exception):
     """Bad input: one line that names the flag and the remedy."""
-
-
-# Copied from grpo_gr00t.py:Ranks
-class Ranks(NamedTuple):
-    """This process among those of torchrun; 0 of 1 without it."""
-
-    rank: int
-    world: int
-    local: int
-
-    @classmethod
-    def start(cls, device: str) -> Ranks:
-        """Joins the process group that torchrun describes (gloo on a CPU, NCCL on GPUs)."""
-        ranks = cls(*(int(os.environ.get(name, default)) for name, default in
-                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))  # fmt: skip
-        if ranks.world > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo" if device == "cpu" else "nccl")
-        return ranks
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sums a tensor over the ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(x)
-        return x
 
 
 def resolve(args: Args) -> Args:
@@ -174,9 +118,7 @@ def resolve(args: Args) -> Args:
     return args
 
 
-# ======================================================================================================================
-# env
-# ======================================================================================================================
+# ======== env =========================================================================================================
 # Copied from grpo_gr00t.py:Task
 @dataclass(frozen=True)
 class Task:
@@ -320,9 +262,7 @@ def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
         env.env.close()
 
 
-# ======================================================================================================================
-# GR00T wrapper
-# ======================================================================================================================
+# ======== GR00T wrapper ===============================================================================================
 # Copied from grpo_gr00t.py:Noise
 class Noise:
     """Random numbers that do not depend on how environments are split: every rank draws all rows and keeps its own."""
@@ -426,9 +366,7 @@ def make_policy(args: Args, demos: Demonstrations | None, env_cameras: dict, ins
     return Gr00tPolicy(args, net, processor, instructions)
 
 
-# ======================================================================================================================
-# rollout
-# ======================================================================================================================
+# ======== rollout =====================================================================================================
 # Copied from grpo_gr00t.py:episode_seed
 def episode_seed(seed: int, iteration: int, ranks: Ranks) -> int:
     """Seed of an iteration's starts; differs by rank."""
@@ -477,9 +415,7 @@ def collect(args: Args, env: ChunkEnv, action_horizon: int, logger: RunLogger) -
     return Demonstrations(*(torch.cat(x) for x in zip(*parts)))
 
 
-# ======================================================================================================================
-# loss
-# ======================================================================================================================
+# ======== loss ========================================================================================================
 def flow_matching_loss(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor, generator: torch.Generator) -> Tensor:
     """GR00T's imitation loss on some demonstrations, (B,) row indices; a scalar."""
     device = policy.prompts.device
@@ -495,9 +431,7 @@ def flow_matching_loss(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor,
     return policy.net.action_head.flow_matching_loss(context, row, target, mask, noise, t)
 
 
-# ======================================================================================================================
-# train
-# ======================================================================================================================
+# ======== train =======================================================================================================
 def train(args: Args, env: ChunkEnv, logger: RunLogger, instructions: tuple[str, ...]) -> None:
     """Collects, trains, evaluates and saves."""
     start, ranks = time.time(), Ranks(0, 1)
@@ -542,7 +476,7 @@ def train(args: Args, env: ChunkEnv, logger: RunLogger, instructions: tuple[str,
             if evaluated:
                 result = evaluate(args, env, average, ranks)
                 metrics |= {"eval/ode_success": result["mean"], "eval/episodes": result["episodes"]}
-                logger.event(f"step {step + 1}: ODE success {describe(result)}")
+                logger.event(f"step {step + 1}: ODE success {show(result)}")
                 average.save(logger.run_dir / "checkpoints" / ("last" if last else f"step_{step + 1:06d}"))
             logger.log(step, metrics)
     logger.curve_png()
@@ -567,9 +501,7 @@ def checkpoint_horizon(args: Args) -> int:
     return Gr00tN1d5.from_pretrained(args.checkpoint, device="meta").config.action_horizon
 
 
-# ======================================================================================================================
-# evaluate
-# ======================================================================================================================
+# ======== evaluate ====================================================================================================
 # Copied from grpo_gr00t.py:evaluate
 @torch.no_grad()
 def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore: bool = False) -> dict[str, float]:
@@ -586,19 +518,17 @@ def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore
         for t in range(chunks):
             obs = env.step_chunk(policy.act(obs, noise, explore).action, last=t + 1 == chunks)
         successes.append(env.success.sum())
-    count, episodes = float(ranks.sum(torch.stack(successes).sum())), batches * args.num_envs
+    count, episodes = float(ranks.reduce(torch.stack(successes).sum())), batches * args.num_envs
     low, high = wilson_interval(count, episodes)
     return {"mean": count / episodes, "low": low, "high": high, "episodes": episodes}
 
 
-# Copied from grpo_gr00t.py:describe
-def describe(result: dict[str, float]) -> str:
-    return f"{result['mean']:.3f} [{result['low']:.3f}, {result['high']:.3f}] of {result['episodes']} episodes"
+# Copied from grpo_gr00t.py:show
+def show(result: dict[str, float]) -> str:
+    return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result)
 
 
-# ======================================================================================================================
-# main
-# ======================================================================================================================
+# ======== main ========================================================================================================
 def main(args: Args) -> None:
     args = resolve(args)
     run_dir, task, ranks = Path("runs") / args.exp_name, TASKS[args.task], Ranks(0, 1)
@@ -625,7 +555,7 @@ def main(args: Args) -> None:
     with make_env(args, size, run_dir, ranks) as env:
         if policy:
             result = evaluate(args, env, policy, ranks)
-            logger.event(f"ODE success of {args.checkpoint}: {describe(result)}")
+            logger.event(f"ODE success of {args.checkpoint}: {show(result)}")
             logger.summary({"task": args.task, "checkpoint": args.checkpoint, "ode_success": result})
         else:
             train(args, env, logger, instructions)
