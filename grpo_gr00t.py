@@ -717,12 +717,14 @@ def update(policy: Gr00tActor, optimizer, batch: Batch, plan, args: Args, ranks:
 def describe_iteration(batch: Batch, sums: dict, extremes: dict, args: Args, ranks: Ranks) -> dict[str, float]:
     """The metrics of one iteration."""
     counts = {"success": batch.success.sum(), "used": batch.group_keep.sum(), "samples": batch.flat["keep"].sum()}
+    counts["log_prob"] = batch.flat["log_prob"].sum(1).mean() / ranks.world  # not a number if the policy is lost
     host = to_host(counts | sums, extremes, ranks)
     samples = host["samples"][0]
     metrics = {
         "rollout/success": host["success"][0] / args.num_envs,
         "rollout/zero_variance_share": 1 - host["used"][0] / args.num_envs,
         "rollout/samples": samples,
+        "rollout/log_prob": host["log_prob"][0],
     }
     if samples:
         for name in ("loss", "clip_frac", "approx_kl"):
@@ -743,17 +745,17 @@ def learning_rate(args: Args, iteration: int) -> float:
 def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, ranks: Ranks, state: dict | None) -> None:
     """The whole run: evaluate, iterate, evaluate, summarise."""
     optimizer = torch.optim.AdamW(policy.trainable(), args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    run = state or {"iteration": 0, "elapsed": 0.0, "before": None, "best": -1.0}
+    run = state or {"iteration": 0, "elapsed": 0.0, "stages": {}, "before": None, "best": -1.0}
     if state:
         optimizer.load_state_dict(run.pop("optimizer"))
-    timer, begin, evaluating = StageTimer(args.device), time.time() - run["elapsed"], 0.0
+    timer, begin = StageTimer(args.device), time.time() - run["elapsed"]
     per_iteration = args.num_envs * env.task.horizon
     if run["before"] is None:
         run["before"] = evaluate(args, env, policy, ranks)
         logger.event(f"ODE success before: {show(run['before'])}")
         if args.capture_video:
             record_group(args, env, policy, ranks, logger, "before")
-    metrics: dict[str, float] = {}
+    metrics, result = {}, None
     for iteration in range(run["iteration"], args.iterations):
         optimizer.param_groups[0]["lr"] = learning_rate(args, iteration)
         batch = rollout(env, policy, args, iteration, ranks, timer)
@@ -764,30 +766,27 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, rank
         check_finite(metrics, iteration, logger)
         seconds = timer.seconds()
         run["iteration"] = iteration + 1
+        run["stages"] = {name: value + run["stages"].get(name, 0.0) for name, value in seconds.items()}
         metrics |= {
             "env_steps": (iteration + 1) * per_iteration,
             "episodes": (iteration + 1) * args.num_envs,
             "update/learning_rate": learning_rate(args, iteration),
-            "sps/env": per_iteration / seconds["env"],
-            "sps/policy": per_iteration / (seconds["env"] + seconds["policy"]),
-            "sps/train": per_iteration / sum(seconds.values()),
+            **{f"sps/{name}": value for name, value in steps_per_second(per_iteration, seconds).items()},
             **{f"time/{name}": value for name, value in seconds.items()},
         }
         last = iteration + 1 == args.iterations
         if last or (args.eval_every and (iteration + 1) % args.eval_every == 0):
-            start = time.time()
             result = evaluate(args, env, policy, ranks)
-            evaluating += time.time() - start
             metrics |= {"eval/ode_success": result["mean"], "eval/episodes": result["episodes"]}
             if result["mean"] > run["best"]:
                 run["best"] = result["mean"]
                 save_checkpoint(args, policy, None, run, "best", logger)
         run["elapsed"] = time.time() - begin
-        logger.log(iteration, metrics | {"time/elapsed": run["elapsed"], "time/evaluating": evaluating})
+        logger.log(iteration, metrics | {"time/elapsed": run["elapsed"]})
         if last or (iteration + 1) % args.save_every == 0:
             save_checkpoint(args, policy, optimizer, run, f"step_{iteration + 1:06d}", logger)
             logger.curve_png()
-    after = evaluate(args, env, policy, ranks)
+    after = result or evaluate(args, env, policy, ranks)
     sde = evaluate(args, env, policy, ranks, explore=True)
     logger.event(f"ODE success after: {show(after)} (before: {show(run['before'])})")
     if args.capture_video:
@@ -807,9 +806,15 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, rank
             "kl_to_base": metrics.get("update/kl_base"),
             "zero_variance_share": metrics.get("rollout/zero_variance_share"),
             "peak_memory_gb": peak_memory_gb(args.device),
-            "steps_per_second": {name: metrics.get(f"sps/{name}") for name in ("env", "policy", "train")},
+            "steps_per_second": steps_per_second(args.iterations * per_iteration, run["stages"]),
         }
     )
+
+
+def steps_per_second(steps: int, seconds: dict[str, float]) -> dict[str, float]:
+    """Environment steps per second of the simulator alone, with the policy, and with everything."""
+    env, policy = seconds["env"], seconds["policy"]
+    return {"env": steps / env, "policy": steps / (env + policy), "train": steps / sum(seconds.values())}
 
 
 def check_finite(metrics: dict[str, float], iteration: int, logger: RunLogger) -> None:
