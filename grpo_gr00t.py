@@ -78,6 +78,7 @@ class Args:
     noise: Literal["flow-sde", "flow-sde-all", "flow-cps", "flow-cps-all"] = "flow-sde"  # without -all: one step per sample
     noise_level: float | None = None  # a, the sampler's exploration noise
     learning_rate: float | None = None  # AdamW's learning rate
+    lr_warmup: int = 10  # iterations of linear warm-up: AdamW's first steps are otherwise too large to survive
     lr_hold: float = 0.5  # share of the run at full learning rate; afterwards it falls linearly to a tenth
     clip: float | None = None  # clip range of the ratio of summed log-probabilities (the docs compare conventions)
     epochs: int | None = None  # passes over a rollout
@@ -152,7 +153,7 @@ def resolve(args: Args) -> Args:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
-    for name in ("kl_coef", "lr_hold", "eval_every", "seed", "eval_seed"):
+    for name in ("kl_coef", "lr_warmup", "lr_hold", "eval_every", "seed", "eval_seed"):
         if not getattr(args, name) >= 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
     if args.group_size < 2:
@@ -737,9 +738,10 @@ def describe_iteration(batch: Batch, sums: dict, extremes: dict, args: Args, ran
 
 
 def learning_rate(args: Args, iteration: int) -> float:
-    """Full rate for the first --lr-hold of the run, then linearly down to a tenth."""
+    """Linear warm-up, full rate for the first --lr-hold of the run, then linearly down to a tenth."""
     past = (iteration / args.iterations - args.lr_hold) / max(1 - args.lr_hold, 1e-9)
-    return args.learning_rate * (1 - 0.9 * min(max(past, 0.0), 1.0))
+    warm = min(1.0, (iteration + 1) / (args.lr_warmup + 1))
+    return args.learning_rate * warm * (1 - 0.9 * min(max(past, 0.0), 1.0))
 
 
 def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, ranks: Ranks, state: dict | None) -> None:

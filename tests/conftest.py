@@ -1,0 +1,44 @@
+"""Fixtures that several test files share."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint():
+    """A function that writes a tiny GR00T with random weights for the embedded task's instructions."""
+    import torch
+
+    from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, tiny_tokenizer
+
+    def write(folder: Path, state: dict[str, int] | None = None, action: dict[str, int] | None = None) -> Path:
+        """Two of the network's six action dimensions are padding, unless `action` has more than four."""
+        config = Gr00tConfig.tiny(action_dim=6)
+        generator = torch.Generator().manual_seed(0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = Gr00tN1d5(config).eval()
+        processor = Gr00tProcessor.from_statistics(
+            config,
+            "new_embodiment",
+            {key: torch.randn(100, n, generator=generator) for key, n in (state or {"arm": 3, "fingers": 2}).items()},
+            {key: torch.randn(100, n, generator=generator) for key, n in (action or {"arm": 3, "gripper": 1}).items()},
+            {},
+            tiny_tokenizer(["lift", "the", "red", "blue", "cube"], config),
+        )
+        net.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(write_checkpoint, tmp_path_factory) -> Path:
+    """A checkpoint that fits the embedded task."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")

@@ -1,0 +1,431 @@
+"""What all scripts share: command line, style, copies that do not drift, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import copies
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def defines_args(file: Path) -> bool:
+    return copies.find(ast.parse(file.read_text()), "Args") is not None
+
+
+SCRIPTS = sorted(file.name for file in ROOT.glob("*.py") if defines_args(file))
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+BANNERS = ["imports", "Args", "env", "GR00T wrapper", "rollout", "loss", "train", "evaluate", "main"]
+HOT = {"rollout", "update", "grpo_loss", "ppo_loss", "flow_matching_loss", "act", "denoise", "evaluate", "velocity", "value"}
+
+
+def tree_of(script: str) -> ast.Module:
+    return ast.parse((ROOT / script).read_text())
+
+
+def fields_of(script: str) -> list[str]:
+    body = copies.find(tree_of(script), "Args").body
+    return [node.target.id for node in body if isinstance(node, ast.AnnAssign)]
+
+
+def flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def run(script: str, *flags: str, cwd: Path, python: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *python, str(ROOT / script), *flags]
+    env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_the_scripts_are_there():
+    assert {"grpo_gr00t.py", "sft_gr00t.py"} <= set(SCRIPTS)
+
+
+# ---------------------------------------------------------------- command line
+
+
+@every_script
+def test_help_is_instant_and_complete(script, tmp_path):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run(script, "--help", cwd=tmp_path, python=("-X", "importtime"))
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0
+    assert statistics.median(seconds) < 2, seconds
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+    assert "tyro" in imported and not imported & {"torch", "numpy", "gymnasium", "transformers", "isaaclab"}
+    missing = [name for name in fields_of(script) if flag(name) not in result.stdout]
+    assert not missing, f"not in --help: {missing}"
+
+
+@every_script
+def test_every_field_is_read(script):
+    """As args.<name>, or by a getattr over a list of names; checking it in `resolve` alone does not count."""
+    tree = tree_of(script)
+    found: set[str] = set()
+    for statement in tree.body:
+        if copies.names_of(statement) and copies.names_of(statement)[0] in ("Args", "resolve", "resumed_args"):
+            continue
+        by_name = any(isinstance(n, ast.Name) and n.id == "getattr" for n in ast.walk(statement))
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
+                found.add(node.attr)
+            elif by_name and isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.update(node.value.split())
+    assert not set(fields_of(script)) - found
+
+
+@every_script
+def test_every_field_is_explained(script):
+    lines = (ROOT / script).read_text().split("\n")
+    body = copies.find(tree_of(script), "Args").body
+    bare = [n.target.id for n in body if isinstance(n, ast.AnnAssign) and "  # " not in lines[n.end_lineno - 1]]
+    assert not bare
+
+
+# ---------------------------------------------------------------- style
+
+
+@every_script
+def test_no_host_sync_in_hot_functions(script):
+    """A transfer to the host in the inner loops would make a GPU wait; printing does not belong there either."""
+    tree, found = tree_of(script), []
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in HOT - {"evaluate"}]
+    for owner in (n for n in tree.body if isinstance(n, ast.ClassDef)):
+        methods = [n for n in owner.body if isinstance(n, ast.FunctionDef)]
+        if "act" in (m.name for m in methods):
+            functions += [m for m in methods if m.name in HOT]
+    assert len(functions) >= 2
+    for function in functions:
+        for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            if name in ("item", "tolist", "cpu", "numpy", "print"):
+                found.append(f"{script}:{call.lineno} ({function.name}): {name}")
+    assert not found
+
+
+@every_script
+def test_sections_stand_in_the_same_order(script):
+    lines = (ROOT / script).read_text().split("\n")
+    found = [line.strip("#= ") for line in lines if line.startswith("# ======== ")]
+    wanted = [b for b in BANNERS if b in found or b != "GR00T wrapper" or "gr00t" in script]
+    assert found == wanted
+    assert len({len(line) for line in lines if line.startswith("# ======== ")}) == 1
+
+
+@every_script
+def test_length(script):
+    assert len((ROOT / script).read_text().split("\n")) <= 1000
+
+
+def test_ruff():
+    beside = Path(sys.executable).with_name("ruff")
+    ruff = str(beside) if beside.exists() else shutil.which("ruff")
+    if not ruff:
+        pytest.skip("ruff is not installed")
+    result = subprocess.run([ruff, "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+# ---------------------------------------------------------------- copies and line references
+
+
+def test_copies_equal_their_sources():
+    assert copies.check_copies(ROOT) == []
+
+
+def test_documents_name_the_right_lines():
+    assert copies.check_references(ROOT) == []
+
+
+SOURCE = '''import functools
+
+LIMIT: int = 3
+
+
+@functools.cache
+def square(x):
+    """x * x."""
+    return x * x
+
+
+class Policy:
+    def act(self):
+        return 1
+
+    def value(self):
+        return 2
+'''
+COPYING = '''# Copied from source.py:LIMIT
+LIMIT: int = 3
+
+
+# Copied from source.py:square
+@functools.cache
+def square(x):
+    """x * x."""
+    return x * x
+
+
+class Critic:
+    # Copied from source.py:Policy.value
+    def value(self):
+        return 2
+
+    def other(self):
+        return 3
+'''
+
+
+def test_a_drifted_copy_fails_and_is_repaired(tmp_path):
+    source, copying, document = tmp_path / "source.py", tmp_path / "copying.py", tmp_path / "README.md"
+    source.write_text(SOURCE)
+    copying.write_text(COPYING)
+    document.write_text("`source.py:7` (`square`), `source.py:13` (`Policy.act`), `copying.py:17` (`Critic.other`)")
+    assert copies.check(tmp_path) == []
+    source.write_text(SOURCE.replace("return x * x", "y = x * x\n    return y").replace("return 2", "return 4"))
+    problems = copies.check(tmp_path)
+    assert [p.split(":")[:2] for p in problems[:2]] == [["copying.py", "13"], ["copying.py", "5"]]
+    assert len(problems) == 3 and "line 14" in problems[2]
+    command = [sys.executable, str(ROOT / "tests" / "copies.py"), str(tmp_path)]
+    assert subprocess.run(command, capture_output=True).returncode == 1
+    assert subprocess.run([*command, "--fix"], capture_output=True).returncode == 0
+    assert "y = x * x\n    return y\n\n\nclass Critic" in copying.read_text()
+    assert "        return 4\n\n    def other" in copying.read_text()
+    assert document.read_text() == "`source.py:7` (`square`), `source.py:14` (`Policy.act`), `copying.py:18` (`Critic.other`)"
+    for old, new in (("return x * x", "return x ** 2"), ("@functools.cache\n", ""), ("LIMIT: int = 3", "LIMIT = 3")):
+        source.write_text(SOURCE)
+        copying.write_text(COPYING.replace(old, new))
+        document.write_text("")
+        assert len(copies.check(tmp_path)) == 1
+        assert copies.check(tmp_path, fix=True) == [] and copying.read_text() == COPYING
+
+
+def test_what_cannot_be_repaired_is_said(tmp_path):
+    (tmp_path / "source.py").write_text(SOURCE)
+    (tmp_path / "copying.py").write_text("# Copied from source.py:cube\nx = 1\n# Copied from other.py:y\ny = 1\n")
+    (tmp_path / "README.md").write_text("`source.py:1` (`cube`)")
+    assert len(copies.check(tmp_path, fix=True)) == 3
+
+
+# ---------------------------------------------------------------- bad input
+
+SIMULATOR = "the simulator was started"
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch):
+    """Runs a script's main with bad input and returns its message; the simulator must not have been started."""
+    monkeypatch.chdir(tmp_path)
+
+    def message(script: str, **overrides) -> str:
+        module = importlib.import_module(Path(script).stem)
+
+        def make_env(*args, **kwargs):
+            raise AssertionError(SIMULATOR)
+
+        monkeypatch.setattr(module, "make_env", make_env)
+        unknown = set(overrides) - set(fields_of(script))
+        if unknown:
+            pytest.skip(f"{script} has no {', '.join(map(flag, sorted(unknown)))}")
+        with pytest.raises(module.UsageError) as caught:
+            module.main(module.Args(**{"device": "cpu", "track": False, **overrides}))
+        text = str(caught.value)
+        assert text and "\n" not in text and "Traceback" not in text
+        return text
+
+    return message
+
+
+NOT_POSITIVE = (
+    "num_envs iterations steps demos frames_per_demo batch_size eval_episodes save_every keep_checkpoints denoise_steps "
+    "noise_level learning_rate clip epochs minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk"
+).split()
+NEGATIVE = "kl_coef lr_hold eval_every seed eval_seed weight_decay ema".split()
+
+
+@every_script
+@pytest.mark.parametrize("field, value", [*((f, v) for f in NOT_POSITIVE for v in (0, -1)), *((f, -1) for f in NEGATIVE)])
+def test_sizes(script, field, value, refusal, tiny_checkpoint):
+    assert refusal(script, checkpoint=str(tiny_checkpoint), **{field: value}).startswith(f"{flag(field)} {value}:")
+
+
+@every_script
+def test_unknown_task(script, refusal, tiny_checkpoint):
+    text = refusal(script, checkpoint=str(tiny_checkpoint), task="Tabletop-Lift-Cup-v0")
+    assert text.startswith("--task Tabletop-Lift-Cup-v0:") and "Tabletop-Lift-Cube-v0" in text
+
+
+@every_script
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_absent_gpu(script, device, refusal, tiny_checkpoint):
+    assert refusal(script, checkpoint=str(tiny_checkpoint), device=device).startswith(f"--device {device}:")
+
+
+@every_script
+def test_unknown_device(script, refusal, tiny_checkpoint):
+    assert refusal(script, checkpoint=str(tiny_checkpoint), device="gpu").startswith("--device gpu:")
+
+
+@every_script
+def test_groups(script, refusal, tiny_checkpoint, monkeypatch):
+    same = {"checkpoint": str(tiny_checkpoint)}
+    assert refusal(script, **same, num_envs=24, group_size=16).startswith("--num-envs 24:")
+    for size in (1, 0, -4):
+        assert refusal(script, **same, num_envs=16, group_size=size).startswith(f"--group-size {size}:")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    text = refusal(script, **same, num_envs=32, group_size=16)
+    assert text.startswith("--num-envs 32:") and "4 ranks" in text
+
+
+@every_script
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_checkpoints(script, evaluate, refusal, tiny_checkpoint, write_checkpoint, tmp_path):
+    def refused(folder: Path) -> str:
+        text = refusal(script, checkpoint=str(folder), evaluate=evaluate)
+        assert text.startswith(f"--checkpoint {folder}:")
+        return text
+
+    refused(tmp_path / "missing")
+    truncated = shutil.copytree(tiny_checkpoint, tmp_path / "truncated")
+    weights = next(truncated.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    refused(truncated)
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["action_head_cfg"]["hidden_size"] += 8
+    (other / "config.json").write_text(json.dumps(config))
+    refused(other)
+    if evaluate or script != "sft_gr00t.py":  # which fits the statistics to the task
+        text = refused(write_checkpoint(tmp_path / "arm", {"arm": 3, "fingers": 2}, {"arm": 5, "gripper": 1}))
+        assert "6 action dimensions" in text and "has 4" in text
+
+
+@every_script
+@pytest.mark.parametrize("evaluate", [False, True])
+@pytest.mark.parametrize("instruction", ["lift the green cube", "lift the red cube " * 8])
+def test_instructions(script, instruction, evaluate, refusal, tiny_checkpoint):
+    """A word that the tokenizer lacks; a prompt that is too long."""
+    text = refusal(script, checkpoint=str(tiny_checkpoint), instruction=instruction, evaluate=evaluate)
+    assert text.startswith("--instruction") and ("green" in text or "at most 32" in text)
+
+
+@every_script
+def test_unknown_embodiment(script, refusal, tiny_checkpoint):
+    text = refusal(script, checkpoint=str(tiny_checkpoint), embodiment_tag="octopus", evaluate=True)
+    assert "octopus" in text and "embodiment" in text
+
+
+@every_script
+def test_chunk(script, refusal, tiny_checkpoint):
+    for chunk in (5, 16):  # does not divide the episode; is more than the model gives
+        assert refusal(script, checkpoint=str(tiny_checkpoint), chunk=chunk).startswith(f"--chunk {chunk}:")
+
+
+@every_script
+def test_noise_without_a_stochastic_step(script, refusal, tiny_checkpoint):
+    text = refusal(script, checkpoint=str(tiny_checkpoint), noise="flow-cps", denoise_steps=1)
+    assert text.startswith("--denoise-steps 1:")
+
+
+@every_script
+def test_run_folder(script, refusal, tiny_checkpoint, tmp_path):
+    same = {"checkpoint": str(tiny_checkpoint), "exp_name": "mine"}
+    (tmp_path / "runs").touch()
+    assert refusal(script, **same).startswith("--exp-name mine:")
+    (tmp_path / "runs").unlink()
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "metrics.jsonl").touch()
+    assert refusal(script, **same).startswith("--exp-name mine:")
+
+
+def interrupted_run(script: str, folder: Path, checkpoint: Path, **overrides) -> Path:
+    """A run folder as `--resume` reads it."""
+    module = importlib.import_module(Path(script).stem)
+    args = module.resolve(module.Args(checkpoint=str(checkpoint), device="cpu", exp_name=folder.name))
+    content = {**dataclasses.asdict(args), **overrides}
+    (folder / "checkpoints" / "step_000001").mkdir(parents=True)
+    (folder / "checkpoints" / "step_000001" / "trainer_state.pt").touch()
+    (folder / "args.json").write_text(json.dumps({"args": content}))
+    return folder
+
+
+@every_script
+def test_resume(script, refusal, tiny_checkpoint, tmp_path):
+    missing = f"--resume {tmp_path / 'runs'}:"
+    assert refusal(script, resume=str(tmp_path / "runs")).startswith(missing)
+    folder = interrupted_run(script, tmp_path / "runs" / "mine", tiny_checkpoint)
+    text = refusal(script, resume=str(folder), learning_rate=0.5)
+    assert text.startswith("--learning-rate 0.5:")
+    assert refusal(script, resume=str(folder), num_envs=4096).startswith("--num-envs 4096:")
+    (folder / "args.json").write_text(json.dumps({"args": {"gamma": 1}}))
+    assert refusal(script, resume=str(folder)).startswith(f"--resume {folder}:")
+    shutil.rmtree(folder)
+    folder = interrupted_run(script, tmp_path / "runs" / "mine", tiny_checkpoint)
+    shutil.rmtree(folder / "checkpoints" / "step_000001")
+    assert refusal(script, resume=str(folder)).startswith(f"--resume {folder}:")
+
+
+@every_script
+def test_resume_of_a_damaged_checkpoint(script, refusal, tiny_checkpoint, tmp_path):
+    if "resume" not in fields_of(script):
+        pytest.skip(f"{script} has no --resume")
+    folder = interrupted_run(script, tmp_path / "runs" / "mine", tiny_checkpoint)
+    assert refusal(script, resume=str(folder)).startswith(f"--resume {folder}:")
+
+
+@every_script
+def test_a_resumed_rank_takes_its_own_gpu(script, tiny_checkpoint, tmp_path, monkeypatch):
+    if "resume" not in fields_of(script):
+        pytest.skip(f"{script} has no --resume")
+    module = importlib.import_module(Path(script).stem)
+    folder = interrupted_run(script, tmp_path / "runs" / "mine", tiny_checkpoint, device="cuda:0")  # rank 0 wrote it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert module.resolve(module.Args(resume=str(folder))).device == "cuda:1"
+
+
+@every_script
+def test_defaults_are_accepted(script, tiny_checkpoint, tmp_path, monkeypatch):
+    """What the tests above refuse is refused for the reason given: without it the run goes on to the simulator."""
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(Path(script).stem)
+
+    def make_env(*args, **kwargs):
+        raise AssertionError(SIMULATOR)
+
+    monkeypatch.setattr(module, "make_env", make_env)
+    with pytest.raises(AssertionError, match=SIMULATOR):
+        module.main(module.Args(checkpoint=str(tiny_checkpoint), device="cpu", track=False))
+
+
+@every_script
+def test_message_and_exit_code(script, tmp_path):
+    """The same through the command line: one line on stderr, no traceback."""
+    result = run(script, "--task", "Tabletop-Lift-Cup-v0", "--device", "cpu", cwd=tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: --task Tabletop-Lift-Cup-v0:") and result.stderr.count("\n") == 1
+
+
+@every_script
+def test_unknown_choice(script, tmp_path):
+    choice = "--noise" if "noise" in fields_of(script) else "--tune"
+    result = run(script, choice, "brown", cwd=tmp_path)
+    assert result.returncode == 2 and choice in result.stderr and "Traceback" not in result.stderr
