@@ -82,7 +82,7 @@ class Args:
     lr_hold: float = 0.5  # share of the run at full learning rate; afterwards it falls linearly to a tenth
     clip: float | None = None  # clip range of the ratio of summed log-probabilities (the docs compare conventions)
     epochs: int | None = None  # passes over a rollout
-    minibatches: int = 4  # optimizer steps per epoch
+    minibatches: int | None = None  # optimizer steps per epoch
     micro_batch_size: int = 128  # samples per forward pass; gradients are accumulated over a minibatch
     kl_coef: float | None = None  # weight of the KL to the base model (which is logged at 0, too)
     log_ratio_clamp: float = 20.0  # bound on |log ratio| before exp
@@ -94,11 +94,12 @@ class Args:
 # what None stands for: (small checkpoint on a CPU, small checkpoint on a GPU, full-size checkpoint)
 DEFAULTS = {
     "num_envs": (128, 1024, 64),
-    "iterations": (200, 200, 500),
+    "iterations": (240, 240, 500),
     "noise_level": (0.8, 0.8, 0.5),
     "learning_rate": (1e-4, 1e-4, 1e-5),
     "clip": (0.2, 0.2, 0.1),
-    "epochs": (1, 1, 2),
+    "epochs": (2, 2, 2),
+    "minibatches": (2, 2, 4),
     "kl_coef": (0.0, 0.0, 0.01),
 }
 # heavy imports come after the command line, so --help is instant
@@ -871,7 +872,11 @@ def save_checkpoint(args: Args, policy: Gr00tActor, optimizer, run: dict, name: 
             torch.save({**run, "optimizer": optimizer.state_dict()}, partial / "trainer_state.pt")
 
     folder = logger.run_dir / "checkpoints"
-    replace_folder(folder / name, write)
+    try:
+        replace_folder(folder / name, write)
+    except Exception as error:  # a full disk, in whatever words the writer has for it: hours of training go on
+        logger.event(f"checkpoint {name} could not be written, earlier ones are kept: {error}")
+        return
     for outdated in sorted(folder.glob("step_*"))[: -args.keep_checkpoints]:
         shutil.rmtree(outdated)
 
