@@ -756,6 +756,8 @@ def replace_folder(target: str | Path, write: Callable[[Path], Any]) -> None:
     """
     target = Path(target)
     partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():  # killed between the two renames below
+        os.replace(old, target)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)

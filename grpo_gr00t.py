@@ -30,6 +30,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -138,9 +139,11 @@ def resolve(args: Args) -> Args:
         args = resumed_args(args)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise UsageError(f"--device {args.device}: must be cpu, cuda, cuda:N or auto")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {args.device}: torch sees no CUDA GPU here; use --device cpu")
-    if args.device == "cuda":  # torchrun says which one
+    if args.device == "cuda" or (args.device != "cpu" and "LOCAL_RANK" in os.environ):  # torchrun says which one
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     column = 2 if full_size(args.checkpoint) else 1 if args.device.startswith("cuda") else 0
     for name, values in DEFAULTS.items():
@@ -163,8 +166,8 @@ def resolve(args: Args) -> Args:
     if args.num_envs % (args.group_size * world):
         of = f"--group-size {args.group_size}" + (f" times {world} ranks" if world > 1 else "")
         raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {of}")
-    if args.noise.startswith("flow-cps") and args.denoise_steps < 2:
-        raise UsageError("--denoise-steps 1: flow-cps has no stochastic step then (its last one is deterministic)")
+    if args.noise.startswith("flow-cps") and (args.denoise_steps < 2 or args.noise_level > 1):
+        raise UsageError(f"--noise {args.noise}: needs --denoise-steps of 2 or more and a --noise-level of at most 1")
     if not args.exp_name:
         stem = "eval" if args.evaluate else "grpo_gr00t"
         args.exp_name = f"{stem}__{args.task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -564,22 +567,26 @@ class Batch:
     """One iteration's samples, flattened from (T, N, ...) to (T N, ...); T chunks per episode."""
 
     def __init__(self, args: Args):
-        self.cache, self.device = args.feature_cache, args.device
-        self.fields: dict[str, list[Tensor]] = {}
+        self.cache, self.device, self.chunks = args.feature_cache, args.device, []
 
-    def add(self, **fields: Tensor) -> None:
-        for name, value in fields.items():
-            host = self.cache == "cpu" and name == "features"
-            self.fields.setdefault(name, []).append(value.to("cpu", non_blocking=True) if host else value)
+    def add(self, obs: Observation, out: PolicyOutput) -> None:
+        """One chunk of every environment."""
+        kept = {"features": out.features.to("cpu") if self.cache == "cpu" else out.features}  # waits, on a GPU
+        if self.cache == "off":
+            kept = {"images": obs.images, "prompt": obs.prompt}
+        self.chunks.append(kept | {"state": out.state} | out.chain._asdict())
 
-    def finish(self) -> Batch:
-        self.flat = {name: torch.cat(values) for name, values in self.fields.items()}  # (T N, ...)
+    def finish(self, valid: Tensor, success: Tensor, args: Args) -> Batch:
+        """Adds advantages and weights, from which chunks were valid (T, N) and which episodes succeeded (N,)."""
+        self.flat = {name: torch.cat([chunk[name] for chunk in self.chunks]) for name in self.chunks[0]}  # (T N, ...)
         if self.cache == "cpu" and self.device != "cpu":
             self.flat["features"] = self.flat["features"].pin_memory()
+        self.success = success.float()
+        advantage, self.group_keep = group_advantages(self.success, args.group_size, normalize_std=args.normalize_std)
+        self.flat["advantage"] = advantage.expand(len(valid), -1).flatten()
+        self.flat["weight"] = (1.0 / valid.sum(0)).expand(len(valid), -1).flatten()  # every episode weighs the same
+        self.flat["keep"] = (valid & self.group_keep).flatten()
         return self
-
-    def __len__(self) -> int:
-        return len(self.flat["state"])
 
     def select(self, name: str, rows: Tensor) -> Tensor:
         """Rows of a field, on the training device."""
@@ -599,23 +606,11 @@ def rollout(env: ChunkEnv, policy: Gr00tActor, args: Args, iteration: int, ranks
         with timer("policy"):
             out = policy.act(obs, noise, explore=True)
             valid.append(~env.success)  # (N,) an attempt ends with its first success
-            kept = {"features": out.features}
-            if args.feature_cache == "off":
-                kept = {"images": obs.images, "prompt": obs.prompt}
-            batch.add(**kept, state=out.state, **out.chain._asdict())
+            batch.add(obs, out)
         with timer("env"):
             obs = env.step_chunk(out.action, last=t + 1 == chunks)
     with timer("policy"):
-        returns = env.success.float()  # (N,)
-        advantage, keep = group_advantages(returns, args.group_size, normalize_std=args.normalize_std)
-        valid = torch.stack(valid)  # (T, N)
-        batch.add(
-            advantage=advantage.expand(chunks, -1).flatten(),
-            weight=(1.0 / valid.sum(0)).expand(chunks, -1).flatten(),  # every episode weighs the same
-            keep=(valid & keep).flatten(),
-        )
-        batch.success, batch.group_keep = returns, keep
-    return batch.finish()
+        return batch.finish(torch.stack(valid), env.success, args)
 
 
 def episode_seed(seed: int, iteration: int, ranks: Ranks) -> int:
@@ -932,8 +927,11 @@ def main(args: Args) -> None:
     plan, state = check_memory(args, policy, ranks), None
     if args.resume:
         folder = latest_checkpoint(run_dir)
-        policy.net.action_head.load_state_dict(Gr00tN1d5.from_pretrained(folder).action_head.state_dict())
-        state = torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
+        try:
+            policy.net.action_head.load_state_dict(Gr00tN1d5.from_pretrained(folder).action_head.state_dict())
+            state = torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
+        except Exception as error:  # torch.load has many kinds
+            raise UsageError(f"--resume {args.resume}: {folder.name} is damaged ({error!r}); remove it") from error
     try:
         logger = RunLogger(
             run_dir,

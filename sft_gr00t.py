@@ -23,6 +23,7 @@ import difflib
 import importlib
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ def resolve(args: Args) -> Args:
     """
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise UsageError(f"--device {args.device}: must be cpu, cuda, cuda:N or auto")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {args.device}: torch sees no CUDA GPU here; use --device cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -110,6 +113,9 @@ def resolve(args: Args) -> Args:
     for name in f"{positive} micro_batch_size".split():
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    for name in ("seed", "eval_every", "eval_seed", "weight_decay", "ema"):
+        if not getattr(args, name) >= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
     if not args.exp_name:
         stem = "eval" if args.evaluate else "sft_gr00t"
         args.exp_name = f"{stem}__{args.task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -333,8 +339,8 @@ class Gr00tPolicy(nn.Module):
         self.processor.save_pretrained(folder)
 
 
-def make_policy(args: Args, demos: Demonstrations | None, env_cameras: dict, instructions: tuple[str, ...]) -> Gr00tPolicy:
-    """The network to train (or to evaluate, without demonstrations) and its processor."""
+def make_policy(args: Args, instructions: tuple[str, ...]) -> Gr00tPolicy:
+    """The network to train or to evaluate, and its processor; `train` puts the demonstrations' statistics in."""
     task = TASKS[args.task]
     try:
         if args.checkpoint:
@@ -342,28 +348,35 @@ def make_policy(args: Args, demos: Demonstrations | None, env_cameras: dict, ins
         else:
             torch.manual_seed(args.seed)
             net = Gr00tN1d5(Gr00tConfig.tiny()).eval()
-        if demos is None:
+        if args.evaluate:
             tag = args.embodiment_tag if args.embodiment_tag != "new_embodiment" else None
-            return Gr00tPolicy(args, net, Gr00tProcessor.from_pretrained(args.checkpoint, net.config, tag), instructions)
-        if args.checkpoint:
-            tokenizer = load_tokenizer(args.checkpoint)
+            processor = Gr00tProcessor.from_pretrained(args.checkpoint, net.config, tag)
         else:
-            tokenizer = tiny_tokenizer(sorted({word for text in instructions for word in text.split()}), net.config)
+            words = sorted({word for text in instructions for word in text.split()})
+            tokenizer = load_tokenizer(args.checkpoint) if args.checkpoint else tiny_tokenizer(words, net.config)
+            blank = (torch.zeros(1, sum(sizes.values())) for sizes in (task.state, task.action))
+            processor = make_processor(args, net.config, *blank, {}, tokenizer)
+        processor.embodiment_id  # noqa: B018  (raises for an unknown tag)
     except (OSError, ValueError) as error:
         raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
+    for kind, sizes in (("state", task.state), ("action", task.action)):
+        found = len(processor.normalizers[kind])
+        if found != sum(sizes.values()):
+            raise UsageError(
+                f"--checkpoint {args.checkpoint}: it has {found} {kind} dimensions, {args.task} has {sum(sizes.values())}"
+            )
+    return Gr00tPolicy(args, net, processor, instructions)
+
+
+def make_processor(args: Args, config: Gr00tConfig, state: Tensor, action: Tensor, video: dict, tokenizer) -> Gr00tProcessor:
+    """A processor with the statistics of states (S, d) and actions (S, d)."""
 
     def by_key(x: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
         return dict(zip(sizes, x.split(list(sizes.values()), dim=1)))
 
-    processor = Gr00tProcessor.from_statistics(
-        net.config,
-        args.embodiment_tag,
-        by_key(demos.state, task.state),
-        by_key(demos.action.flatten(0, 1), task.action),
-        env_cameras,
-        tokenizer,
-    )
-    return Gr00tPolicy(args, net, processor, instructions)
+    task = TASKS[args.task]
+    state, action = by_key(state, task.state), by_key(action, task.action)
+    return Gr00tProcessor.from_statistics(config, args.embodiment_tag, state, action, video, tokenizer)
 
 
 # ======== rollout =====================================================================================================
@@ -432,14 +445,14 @@ def flow_matching_loss(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor,
 
 
 # ======== train =======================================================================================================
-def train(args: Args, env: ChunkEnv, logger: RunLogger, instructions: tuple[str, ...]) -> None:
+def train(args: Args, env: ChunkEnv, policy: Gr00tPolicy, logger: RunLogger, instructions: tuple[str, ...]) -> None:
     """Collects, trains, evaluates and saves."""
     start, ranks = time.time(), Ranks(0, 1)
-    horizon = checkpoint_horizon(args)
-    demos = collect(args, env, horizon, logger)
+    demos = collect(args, env, policy.net.config.action_horizon, logger)
     size = env.images().shape[2]
     video = {name: {"resolution": [size, size], "channels": 3, "fps": 25} for name in env.task.cameras}
-    policy = make_policy(args, demos, video, instructions)
+    action, tokenizer = demos.action.flatten(0, 1), policy.processor.tokenizer
+    policy.processor = make_processor(args, policy.net.config, demos.state, action, video, tokenizer).to(args.device)
     policy.net.backbone.train(args.tune == "all").requires_grad_(args.tune == "all")
     parameters = [p for p in policy.net.parameters() if p.requires_grad]
     groups = [
@@ -494,13 +507,6 @@ def train(args: Args, env: ChunkEnv, logger: RunLogger, instructions: tuple[str,
     )
 
 
-def checkpoint_horizon(args: Args) -> int:
-    """Actions per chunk of the network that will be trained."""
-    if args.checkpoint is None:
-        return Gr00tConfig.tiny().action_horizon
-    return Gr00tN1d5.from_pretrained(args.checkpoint, device="meta").config.action_horizon
-
-
 # ======== evaluate ====================================================================================================
 # Copied from grpo_gr00t.py:evaluate
 @torch.no_grad()
@@ -533,8 +539,7 @@ def main(args: Args) -> None:
     args = resolve(args)
     run_dir, task, ranks = Path("runs") / args.exp_name, TASKS[args.task], Ranks(0, 1)
     instructions = (args.instruction,) if args.instruction else task.instructions
-    policy = make_policy(args, None, {}, instructions) if args.evaluate else None
-    size = policy.net.config.image_size if policy else Gr00tConfig.tiny().image_size
+    policy = make_policy(args, instructions)
     try:
         logger = RunLogger(
             run_dir,
@@ -552,14 +557,20 @@ def main(args: Args) -> None:
     logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs")
     logger.event(f"instructions: {'; '.join(instructions)}")
     logger.event(f"starting the simulator (its own output: {run_dir}/simulator.log)")
-    with make_env(args, size, run_dir, ranks) as env:
-        if policy:
-            result = evaluate(args, env, policy, ranks)
-            logger.event(f"ODE success of {args.checkpoint}: {show(result)}")
-            logger.summary({"task": args.task, "checkpoint": args.checkpoint, "ode_success": result})
-        else:
-            train(args, env, logger, instructions)
+    failure = None
+    with make_env(args, policy.net.config.image_size, run_dir, ranks) as env:
+        try:
+            if args.evaluate:
+                result = evaluate(args, env, policy, ranks)
+                logger.event(f"ODE success of {args.checkpoint}: {show(result)}")
+                logger.summary({"task": args.task, "checkpoint": args.checkpoint, "ode_success": result})
+            else:
+                train(args, env, policy, logger, instructions)
+        except UsageError as error:  # the simulator would print a traceback
+            failure = error
     logger.close()
+    if failure:
+        raise failure
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ NOT_POSITIVE = (
     "num_envs iterations steps demos frames_per_demo batch_size eval_episodes save_every keep_checkpoints denoise_steps "
     "noise_level learning_rate clip epochs minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk"
 ).split()
-NEGATIVE = "kl_coef lr_hold eval_every seed eval_seed weight_decay ema".split()
+NEGATIVE = "kl_coef lr_warmup lr_hold eval_every seed eval_seed weight_decay ema".split()
 
 
 SIZES = [*((f, v) for f in NOT_POSITIVE for v in (0, -1)), *((f, -1) for f in NEGATIVE)]
@@ -343,7 +343,7 @@ def test_chunk(script, refusal, tiny_checkpoint):
 @every_script
 def test_noise_without_a_stochastic_step(script, refusal, tiny_checkpoint):
     text = refusal(script, checkpoint=str(tiny_checkpoint), noise="flow-cps", denoise_steps=1)
-    assert text.startswith("--denoise-steps 1:")
+    assert text.startswith("--noise flow-cps:") and "--denoise-steps" in text
 
 
 @every_script
