@@ -388,6 +388,7 @@ PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("return", {"rollout/return": "rollout"}),
     ("KL to base", {"update/kl_base": "KL"}),
     ("clip fraction", {"update/clip_frac": "clip"}),
+    ("groups without variance", {"rollout/zero_variance_share": "share"}),
     ("loss", {"update/loss": "loss"}),
     ("steps per second", {"sps/env": "env", "sps/policy": "env + policy", "sps/train": "everything"}),
 )
@@ -604,7 +605,7 @@ class RunLogger:
             return
         axis = "env_steps" if any("env_steps" in row for row in rows) else "iteration"
         figure = Figure(figsize=(10, 3 * math.ceil(len(panels) / 2)), layout="constrained")
-        axes = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False).flat
+        axes = list(figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False).flat)
         for ax, (title, keys) in zip(axes, panels, strict=False):
             for key, label in keys.items():
                 points = [row for row in rows if row.get(key) is not None and row.get(axis) is not None]
@@ -619,7 +620,7 @@ class RunLogger:
             ax.grid(alpha=0.3)
             if len(keys) > 1:
                 ax.legend(fontsize="small")
-        for ax in list(axes)[len(panels) :]:
+        for ax in axes[len(panels) :]:
             ax.axis("off")
         atomic_write(self.run_dir / "curves.png", lambda tmp: figure.savefig(tmp, dpi=120))
 

@@ -106,23 +106,14 @@ DEFAULTS = {
 # heavy imports come after the command line, so --help is instant
 ARGS = tyro.cli(Args) if __name__ == "__main__" else None
 
-import gymnasium as gym  # noqa: E402
-import numpy as np  # noqa: E402
-import psutil  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import gymnasium as gym
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
 
-from common import (  # noqa: E402
-    Ranks,
-    RunLogger,
-    StageTimer,
-    group_advantages,
-    peak_memory_gb,
-    replace_folder,
-    to_host,
-    wilson_interval,
-)
-from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor  # noqa: E402
+from common import Ranks, RunLogger, StageTimer, group_advantages, peak_memory_gb, replace_folder, to_host, wilson_interval
+from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor
 
 
 class UsageError(Exception):
@@ -346,7 +337,7 @@ def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
 class Noise:
     """Random numbers that do not depend on how environments are split: every rank draws all rows and keeps its own."""
 
-    def __init__(self, device: str, ranks: Ranks, *seeds: int):
+    def __init__(self, device: str | torch.device, ranks: Ranks, *seeds: int):
         entropy = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
         self.generator = torch.Generator(device).manual_seed(entropy)
         self.device, self.ranks = device, ranks
@@ -473,9 +464,9 @@ class Gr00tActor(nn.Module):
         return self.net.backbone(self.prompts[prompt], self.processor.images(images))
 
     @torch.no_grad()
-    def act(self, obs: Observation, noise: Noise, explore: bool = False) -> PolicyOutput:
+    def act(self, obs: Observation, noise: Noise | None = None, explore: bool = False) -> PolicyOutput:
         """Actions for an observation: by the ODE, or with stochastic steps and their log-probability (`explore`)."""
-        n, config = len(obs.state), self.net.config
+        n, config, noise = len(obs.state), self.net.config, noise or Noise(self.prompts.device, Ranks(0, 1), 0)
         shape = (config.action_horizon, config.action_dim)
         start = noise.normal(n, *shape)  # (N, H, A)
         drawn = eps = None
@@ -934,17 +925,13 @@ def main(args: Args) -> None:
             raise UsageError(f"--resume {args.resume}: {folder.name} is damaged ({error!r}); remove it") from error
     try:
         logger = RunLogger(
-            run_dir,
-            dataclasses.asdict(args),
-            script=__file__,
-            total_iterations=args.iterations,
-            track=args.track,
-            wandb_project=args.wandb_project,
+            run_dir, dataclasses.asdict(args), script=__file__, total_iterations=args.iterations,
+            track=args.track, wandb_project=args.wandb_project,
             resume_iteration=state["iteration"] if state else 0,
             is_main=ranks.rank == 0,
             device=args.device,
             sources=[HERE / "gr00t_n1d5.py", HERE / f"{TASKS[args.task].module}.py"],
-        )
+        )  # fmt: skip
     except OSError as error:
         raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
     logger.listen(TASKS[args.task].module)

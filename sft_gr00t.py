@@ -76,13 +76,13 @@ class Args:
 
 ARGS = tyro.cli(Args) if __name__ == "__main__" else None
 
-import gymnasium as gym  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
 
-from common import Ranks, RunLogger, wilson_interval  # noqa: E402
-from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, load_tokenizer, tiny_tokenizer  # noqa: E402
+from common import Ranks, RunLogger, wilson_interval
+from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, load_tokenizer, tiny_tokenizer
 
 
 # Copied from grpo_gr00t.py:UsageError
@@ -273,7 +273,7 @@ def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
 class Noise:
     """Random numbers that do not depend on how environments are split: every rank draws all rows and keeps its own."""
 
-    def __init__(self, device: str, ranks: Ranks, *seeds: int):
+    def __init__(self, device: str | torch.device, ranks: Ranks, *seeds: int):
         entropy = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
         self.generator = torch.Generator(device).manual_seed(entropy)
         self.device, self.ranks = device, ranks
@@ -322,9 +322,9 @@ class Gr00tPolicy(nn.Module):
         return self.net.action_head.encode(features, state, self.embodiment(len(state)))
 
     @torch.no_grad()
-    def act(self, obs: Observation, noise: Noise, explore: bool = False) -> PolicyOutput:
+    def act(self, obs: Observation, noise: Noise | None = None, explore: bool = False) -> PolicyOutput:
         """Actions by the ODE; an imitated policy does not explore."""
-        config, actions = self.net.config, []
+        config, actions, noise = self.net.config, [], noise or Noise(self.prompts.device, Ranks(0, 1), 0)
         start = noise.normal(len(obs.state), config.action_horizon, config.action_dim)  # (N, H, A)
         for i in range(0, len(start), self.micro_batch_size):
             rows = slice(i, i + self.micro_batch_size)
@@ -542,15 +542,11 @@ def main(args: Args) -> None:
     policy = make_policy(args, instructions)
     try:
         logger = RunLogger(
-            run_dir,
-            dataclasses.asdict(args),
-            script=__file__,
-            total_iterations=args.steps,
-            track=args.track,
-            wandb_project=args.wandb_project,
+            run_dir, dataclasses.asdict(args), script=__file__, total_iterations=args.steps,
+            track=args.track, wandb_project=args.wandb_project,
             device=args.device,
             sources=[HERE / "gr00t_n1d5.py", HERE / f"{task.module}.py"],
-        )
+        )  # fmt: skip
     except OSError as error:
         raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
     logger.listen(task.module)
