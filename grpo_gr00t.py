@@ -61,7 +61,7 @@ class Args:
     iterations: int | None = None  # rollout-and-update iterations
     evaluate: bool = False  # evaluate --checkpoint, and nothing else
     eval_every: int = 50  # iterations between ODE evaluations; 0: only before and after
-    eval_episodes: int = 256  # episodes of an evaluation (rounded up to whole batches of environments)
+    eval_episodes: int = 256  # episodes of an evaluation (rounded up to whole batches of environments); 0: none
     eval_seed: int = 7_000_000  # seed of the evaluation's episode starts, the same for every evaluation
     save_every: int = 50  # iterations between checkpoints
     keep_checkpoints: int = 2  # how many of the latest checkpoints stay on disk, beside the best one
@@ -143,12 +143,12 @@ def resolve(args: Args) -> Args:
     if args.task not in TASKS:
         near = difflib.get_close_matches(args.task, TASKS, 3, 0.0)
         raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
-    positive = "num_envs iterations eval_episodes save_every keep_checkpoints denoise_steps noise_level learning_rate clip"
+    positive = "num_envs iterations save_every keep_checkpoints denoise_steps noise_level learning_rate clip"
     for name in f"{positive} epochs minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk".split():
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
-    for name in ("kl_coef", "lr_warmup", "lr_hold", "eval_every", "seed", "eval_seed"):
+    for name in ("kl_coef", "lr_warmup", "lr_hold", "eval_every", "eval_episodes", "seed", "eval_seed"):
         if not getattr(args, name) >= 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
     if args.group_size < 2:
@@ -764,7 +764,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, rank
             **{f"time/{name}": value for name, value in seconds.items()},
         }
         last = iteration + 1 == args.iterations
-        if last or (args.eval_every and (iteration + 1) % args.eval_every == 0):
+        if args.eval_episodes and (last or (args.eval_every and (iteration + 1) % args.eval_every == 0)):
             result = evaluate(args, env, policy, ranks)
             metrics |= {"eval/ode_success": result["mean"], "eval/episodes": result["episodes"]}
             if result["mean"] > run["best"]:
@@ -873,8 +873,10 @@ def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore
     """Success on fixed episodes, by the ODE (or the exploring sampler), with its Wilson 95% interval.
 
     Returns:
-        mean, low, high, episodes.
+        mean, low, high, episodes; empty with --eval-episodes 0.
     """
+    if not args.eval_episodes:
+        return {}
     successes, batches = [], math.ceil(args.eval_episodes / args.num_envs)
     for b in range(batches):
         obs = env.reset(episode_seed(args.eval_seed, b, ranks))
@@ -889,7 +891,7 @@ def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore
 
 
 def show(result: dict[str, float]) -> str:
-    return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result)
+    return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result) if result else "not measured"
 
 
 @torch.no_grad()

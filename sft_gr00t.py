@@ -514,8 +514,10 @@ def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore
     """Success on fixed episodes, by the ODE (or the exploring sampler), with its Wilson 95% interval.
 
     Returns:
-        mean, low, high, episodes.
+        mean, low, high, episodes; empty with --eval-episodes 0.
     """
+    if not args.eval_episodes:
+        return {}
     successes, batches = [], math.ceil(args.eval_episodes / args.num_envs)
     for b in range(batches):
         obs = env.reset(episode_seed(args.eval_seed, b, ranks))
@@ -531,7 +533,7 @@ def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore
 
 # Copied from grpo_gr00t.py:show
 def show(result: dict[str, float]) -> str:
-    return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result)
+    return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result) if result else "not measured"
 
 
 # ======== main ========================================================================================================

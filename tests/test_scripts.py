@@ -253,10 +253,10 @@ def refusal(tmp_path, monkeypatch):
 
 
 NOT_POSITIVE = (
-    "num_envs iterations steps demos frames_per_demo batch_size eval_episodes save_every keep_checkpoints denoise_steps "
+    "num_envs iterations steps demos frames_per_demo batch_size save_every keep_checkpoints denoise_steps "
     "noise_level learning_rate clip epochs minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk"
 ).split()
-NEGATIVE = "kl_coef lr_warmup lr_hold eval_every seed eval_seed weight_decay ema".split()
+NEGATIVE = "kl_coef lr_warmup lr_hold eval_every eval_episodes seed eval_seed weight_decay ema".split()
 
 
 SIZES = [*((f, v) for f in NOT_POSITIVE for v in (0, -1)), *((f, -1) for f in NEGATIVE)]
