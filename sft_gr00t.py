@@ -52,7 +52,7 @@ class Args:
     num_envs: int = 128  # parallel environments
     evaluate: bool = False  # evaluate --checkpoint, and nothing else
     eval_every: int = 0  # training steps between ODE evaluations; 0: only at the end
-    eval_episodes: int = 256  # episodes of an evaluation (rounded up to whole batches of environments)
+    eval_episodes: int = 256  # episodes of an evaluation (rounded up to whole batches of environments); 0: none
     eval_seed: int = 7_000_000  # seed of the evaluation's episode starts
     track: bool = True  # log to Weights & Biases (offline when nobody is logged in)
     wandb_project: str = "gr00t-rl"  # Weights & Biases project
@@ -109,11 +109,11 @@ def resolve(args: Args) -> Args:
         raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
     if args.evaluate and not args.checkpoint:
         raise UsageError("--evaluate: name what to evaluate with --checkpoint")
-    positive = "num_envs eval_episodes demos frames_per_demo steps batch_size learning_rate max_grad_norm denoise_steps"
+    positive = "num_envs demos frames_per_demo steps batch_size learning_rate max_grad_norm denoise_steps"
     for name in f"{positive} micro_batch_size".split():
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
-    for name in ("seed", "eval_every", "eval_seed", "weight_decay", "ema"):
+    for name in ("seed", "eval_every", "eval_episodes", "eval_seed", "weight_decay", "ema"):
         if not getattr(args, name) >= 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
     if not args.exp_name:
@@ -488,7 +488,8 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tPolicy, logger: RunLogger, ins
             metrics = {"update/loss": value, "update/learning_rate": rate, "time/elapsed": time.time() - start}
             if evaluated:
                 result = evaluate(args, env, average, ranks)
-                metrics |= {"eval/ode_success": result["mean"], "eval/episodes": result["episodes"]}
+                if result:
+                    metrics |= {"eval/ode_success": result["mean"], "eval/episodes": result["episodes"]}
                 logger.event(f"step {step + 1}: ODE success {show(result)}")
                 average.save(logger.run_dir / "checkpoints" / ("last" if last else f"step_{step + 1:06d}"))
             logger.log(step, metrics)
