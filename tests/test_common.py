@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -295,7 +296,7 @@ def test_provenance(tmp_path):
     other.write_text("x = 1\n")
     make(tmp_path / "run", sources=[other]).close()
     args = json.loads((tmp_path / "run/args.json").read_text())
-    assert args["args"] == {"seed": 1, "lr": 1e-4, "task": "a/b"} and "pytest" in args["command"]
+    assert args["args"] == {"seed": 1, "lr": 1e-4, "task": "a/b"} and args["command"] == shlex.join(sys.orig_argv)
     for name, origin in (("test_common.py", __file__), ("common.py", common.__file__), ("net.py", other)):
         assert (tmp_path / "run/source" / name).read_bytes() == Path(origin).read_bytes()
     text = (tmp_path / "run/provenance.json").read_text()
