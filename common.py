@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import errno
 import functools
 import importlib.metadata
@@ -18,6 +19,7 @@ import math
 import netrc
 import os
 import platform
+import re
 import secrets
 import shlex
 import shutil
@@ -238,6 +240,35 @@ def _group_kernel(
         advantage = advantage / (tl.sqrt(tl.sum(advantage * advantage, axis=0) / size) + eps)
     tl.store(advantages + at, tl.where(live, advantage, 0.0), mask=inside)
     tl.store(keep + at, live, mask=inside)
+
+
+def merge_moments(moments: Tensor, rows: Tensor, ranks: Ranks) -> Tensor:
+    """Running mean and variance of a stream of rows, merged batch by batch (Chan et al. 1983) over all ranks.
+
+    Args:
+        moments: (3, d) float64: count, mean, sum of squared deviations; zeros at first.
+        rows: (..., d), this rank's share.
+    Returns:
+        moments: (3, d) float64, the same on every rank.
+    """
+    import torch
+
+    count, mean, square = moments
+    rows = (rows - mean.to(rows.dtype)).reshape(-1, rows.shape[-1])  # small numbers: fp32 sums are exact enough
+    sums = torch.stack([torch.full_like(mean, len(rows)), rows.sum(0).double(), rows.square().sum(0).double()])
+    new, first, second = ranks.reduce(sums)
+    total, delta = count + new, first / new
+    spread = second - first * delta + delta.square() * count * new / total
+    return torch.stack([total, mean + delta * new / total, square + spread])
+
+
+def seeded_generator(device: Any, *seeds: int) -> Any:
+    """A torch.Generator of its own for every tuple of seeds."""
+    import numpy as np
+    import torch
+
+    entropy = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(entropy)
 
 
 def wilson_interval(successes: float, episodes: float, z: float = 1.96) -> tuple[float, float]:
@@ -773,6 +804,136 @@ def replace_folder(target: str | Path, write: Callable[[Path], Any]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+# ---------------------------------------------------------------- command line and checkpoints
+
+
+class UsageError(Exception):
+    """Bad input: one line that names the flag and the remedy."""
+
+
+def pick_device(device: str) -> str:
+    """The device that `--device` asks for: cpu, cuda:N; every rank of torchrun gets its own GPU.
+
+    Raises:
+        UsageError: no such device.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: must be cpu, cuda, cuda:N or auto")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: torch sees no CUDA GPU here; use --device cpu")
+    if device == "cuda" or (device != "cpu" and "LOCAL_RANK" in os.environ):  # torchrun says which one
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return device
+
+
+def check_numbers(args: Any, positive: str, not_negative: str) -> None:
+    """Refuses numbers out of range, of the fields named in two strings; None passes.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    for names, low in ((positive, "greater than 0"), (not_negative, "0 or more")):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not (value > 0 if low == "greater than 0" else value >= 0):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be {low}")
+
+
+def run_name(args: Any, stem: str) -> str:
+    """--exp-name, or one made from script, task, seed and time.
+
+    Raises:
+        UsageError: that run exists.
+    """
+    stem = "eval" if args.evaluate else stem
+    name = args.exp_name or f"{stem}__{args.task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    resume = getattr(args, "resume", None)
+    if not resume and (Path("runs") / name / "metrics.jsonl").exists():
+        remedy = f" or --resume runs/{name}" if hasattr(args, "resume") else ""
+        raise UsageError(f"--exp-name {name}: that run exists; take another name{remedy}")
+    return name
+
+
+def resumed_args(args: Any) -> Any:
+    """The arguments of the run to go on with.
+
+    Raises:
+        UsageError: there is none, or a flag contradicts them.
+    """
+    file = Path(args.resume) / "args.json"
+    if not file.is_file():
+        raise UsageError(f"--resume {args.resume}: no args.json there; name a folder like runs/<name>")
+    try:
+        saved = json.loads(file.read_text())["args"]
+        saved = type(args)(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()} | {"resume": args.resume})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UsageError(f"--resume {args.resume}: its args.json is not this script's ({error})") from error
+    for field in dataclasses.fields(args):
+        given, old = getattr(args, field.name), getattr(saved, field.name)
+        if field.name != "resume" and given != field.default and given != old:
+            flag = f"--{field.name.replace('_', '-')}"
+            raise UsageError(f"{flag} {given}: the run to resume has {old}; leave the flag out or start a new run")
+    if latest_checkpoint(Path(args.resume)) is None:
+        raise UsageError(f"--resume {args.resume}: it has no complete checkpoint yet; start the run again")
+    return saved
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    found = sorted((run_dir / "checkpoints").glob("step_*/trainer_state.pt"))
+    return found[-1].parent if found else None
+
+
+def save_checkpoint(args: Any, policy: Any, optimizer: Any, run: dict, name: str, logger: RunLogger) -> None:
+    """Writes runs/<run>/checkpoints/<name> whole or not at all, and drops outdated ones.
+
+    `policy.save(folder)` writes the policy; `run` and the optimizer's state go to trainer_state.pt, for --resume.
+    """
+    import torch
+
+    if not logger.is_main:
+        return
+
+    def write(partial: Path) -> None:
+        policy.save(partial)
+        if optimizer is not None:
+            torch.save({**run, "optimizer": optimizer.state_dict()}, partial / "trainer_state.pt")
+
+    folder = logger.run_dir / "checkpoints"
+    try:
+        replace_folder(folder / name, write)
+    except Exception as error:  # a full disk, in whatever words the writer has for it: hours of training go on
+        logger.event(f"checkpoint {name} could not be written, earlier ones are kept: {error}")
+        return
+    for outdated in sorted(folder.glob("step_*"))[: -args.keep_checkpoints]:
+        shutil.rmtree(outdated)
+
+
+def check_finite(metrics: dict[str, float], iteration: int, logger: RunLogger, tolerance: float = 1e-5) -> None:
+    """Stops a run that went wrong; the last checkpoint is from before.
+
+    Raises:
+        UsageError: a number is not finite, or the first ratio is not 1.
+    """
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        logger.event(f"not finite in iteration {iteration}: {', '.join(bad)}; stopped, earlier checkpoints are kept")
+        raise UsageError(f"{', '.join(bad)} became nan or inf: lower --learning-rate or --clip and --resume")
+    error = metrics.get("update/first_ratio_error", 0.0)
+    if iteration == 0 and error > tolerance:
+        raise UsageError(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
+
+
+def steps_per_second(steps: int, seconds: dict[str, float]) -> dict[str, float]:
+    """Environment steps per second of the simulator alone, with the policy, and with everything."""
+    env, policy = seconds["env"], seconds["policy"]
+    return {"env": steps / env, "policy": steps / (env + policy), "train": steps / sum(seconds.values())}
+
+
 # ---------------------------------------------------------------- several processes
 
 
@@ -812,6 +973,16 @@ class Ranks(NamedTuple):
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in order."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def reduce(self, x: Tensor, maximum: bool = False) -> Tensor:
         """Sum (or maximum) of a tensor over the ranks, in place."""

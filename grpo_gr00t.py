@@ -30,8 +30,6 @@ import importlib
 import json
 import math
 import os
-import re
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -112,12 +110,26 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from common import Ranks, RunLogger, StageTimer, group_advantages, peak_memory_gb, replace_folder, to_host, wilson_interval
+from common import (
+    Ranks,
+    RunLogger,
+    StageTimer,
+    UsageError,
+    check_finite,
+    check_numbers,
+    group_advantages,
+    latest_checkpoint,
+    peak_memory_gb,
+    pick_device,
+    resumed_args,
+    run_name,
+    save_checkpoint,
+    seeded_generator,
+    steps_per_second,
+    to_host,
+    wilson_interval,
+)  # fmt: skip
 from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor
-
-
-class UsageError(Exception):
-    """Bad input: one line that names the flag and the remedy."""
 
 
 def resolve(args: Args) -> Args:
@@ -128,14 +140,7 @@ def resolve(args: Args) -> Args:
     """
     if args.resume:
         args = resumed_args(args)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise UsageError(f"--device {args.device}: must be cpu, cuda, cuda:N or auto")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {args.device}: torch sees no CUDA GPU here; use --device cpu")
-    if args.device == "cuda" or (args.device != "cpu" and "LOCAL_RANK" in os.environ):  # torchrun says which one
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.device = pick_device(args.device)
     column = 2 if full_size(args.checkpoint) else 1 if args.device.startswith("cuda") else 0
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -143,14 +148,9 @@ def resolve(args: Args) -> Args:
     if args.task not in TASKS:
         near = difflib.get_close_matches(args.task, TASKS, 3, 0.0)
         raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
-    positive = "num_envs iterations save_every keep_checkpoints denoise_steps noise_level learning_rate clip"
-    for name in f"{positive} epochs minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk".split():
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
-    for name in ("kl_coef", "lr_warmup", "lr_hold", "eval_every", "eval_episodes", "seed", "eval_seed"):
-        if not getattr(args, name) >= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
+    positive = "num_envs iterations save_every keep_checkpoints denoise_steps noise_level learning_rate clip epochs"
+    positive += " minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk"
+    check_numbers(args, positive, "kl_coef lr_warmup lr_hold eval_every eval_episodes seed eval_seed")
     if args.group_size < 2:
         raise UsageError(f"--group-size {args.group_size}: a group needs at least 2 members to compare")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -159,31 +159,8 @@ def resolve(args: Args) -> Args:
         raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {of}")
     if args.noise.startswith("flow-cps") and (args.denoise_steps < 2 or args.noise_level > 1):
         raise UsageError(f"--noise {args.noise}: needs --denoise-steps of 2 or more and a --noise-level of at most 1")
-    if not args.exp_name:
-        stem = "eval" if args.evaluate else "grpo_gr00t"
-        args.exp_name = f"{stem}__{args.task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    if not args.resume and (Path("runs") / args.exp_name / "metrics.jsonl").exists():
-        raise UsageError(f"--exp-name {args.exp_name}: that run exists; take another name or --resume runs/{args.exp_name}")
+    args.exp_name = run_name(args, "grpo_gr00t")
     return args
-
-
-def resumed_args(args: Args) -> Args:
-    """The arguments of the run to go on with; refuses flags that contradict them."""
-    file = Path(args.resume) / "args.json"
-    if not file.is_file():
-        raise UsageError(f"--resume {args.resume}: no args.json there; name a folder like runs/<name>")
-    try:
-        saved = Args(**{**json.loads(file.read_text())["args"], "resume": args.resume})
-    except (TypeError, ValueError, KeyError) as error:
-        raise UsageError(f"--resume {args.resume}: its args.json is not this script's ({error})") from error
-    for field in dataclasses.fields(Args):
-        given, old = getattr(args, field.name), getattr(saved, field.name)
-        if field.name != "resume" and given != field.default and given != old:
-            flag = f"--{field.name.replace('_', '-')}"
-            raise UsageError(f"{flag} {given}: the run to resume has {old}; leave the flag out or start a new run")
-    if latest_checkpoint(Path(args.resume)) is None:
-        raise UsageError(f"--resume {args.resume}: it has no complete checkpoint yet; start the run again")
-    return saved
 
 
 def full_size(checkpoint: str) -> bool:
@@ -338,8 +315,7 @@ class Noise:
     """Random numbers that do not depend on how environments are split: every rank draws all rows and keeps its own."""
 
     def __init__(self, device: str | torch.device, ranks: Ranks, *seeds: int):
-        entropy = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
-        self.generator = torch.Generator(device).manual_seed(entropy)
+        self.generator = seeded_generator(device, *seeds)
         self.device, self.ranks = device, ranks
 
     def own(self, x: Tensor) -> Tensor:
@@ -657,7 +633,6 @@ def grpo_loss(policy: Gr00tActor, batch: Batch, rows: Tensor, args: Args, with_k
 
 
 # ======== train =======================================================================================================
-RATIO_TOLERANCE = 1e-5  # |ratio - 1| on the very first minibatch
 
 
 def plan_minibatches(batch: Batch, args: Args, iteration: int, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
@@ -800,27 +775,6 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, rank
     )
 
 
-def steps_per_second(steps: int, seconds: dict[str, float]) -> dict[str, float]:
-    """Environment steps per second of the simulator alone, with the policy, and with everything."""
-    env, policy = seconds["env"], seconds["policy"]
-    return {"env": steps / env, "policy": steps / (env + policy), "train": steps / sum(seconds.values())}
-
-
-def check_finite(metrics: dict[str, float], iteration: int, logger: RunLogger) -> None:
-    """Stops a run that went wrong; the last checkpoint is from before.
-
-    Raises:
-        UsageError: a number is not finite, or the first ratio is not 1.
-    """
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        logger.event(f"not finite in iteration {iteration}: {', '.join(bad)}; stopped, earlier checkpoints are kept")
-        raise UsageError(f"{', '.join(bad)} became nan or inf: lower --learning-rate or --clip and --resume")
-    error = metrics.get("update/first_ratio_error", 0.0)
-    if iteration == 0 and error > RATIO_TOLERANCE:
-        raise UsageError(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
-
-
 def check_memory(args: Args, policy: Gr00tActor, ranks: Ranks) -> str:
     """Estimates what the rollout keeps for the update, and refuses what does not fit.
 
@@ -839,32 +793,6 @@ def check_memory(args: Args, policy: Gr00tActor, ranks: Ranks) -> str:
     if need > free / 1e9:
         raise UsageError(f"--num-envs {args.num_envs}: {plan}; use fewer, or --feature-cache {'off' if host else 'cpu'}")
     return plan
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    found = sorted((run_dir / "checkpoints").glob("step_*/trainer_state.pt"))
-    return found[-1].parent if found else None
-
-
-def save_checkpoint(args: Args, policy: Gr00tActor, optimizer, run: dict, name: str, logger: RunLogger) -> None:
-    """Writes runs/<run>/checkpoints/<name> whole or not at all, and drops outdated ones."""
-    if not logger.is_main:
-        return
-
-    def write(partial: Path) -> None:
-        policy.save(partial)
-        if optimizer is not None:
-            torch.save({**run, "optimizer": optimizer.state_dict()}, partial / "trainer_state.pt")
-
-    folder = logger.run_dir / "checkpoints"
-    try:
-        replace_folder(folder / name, write)
-    except Exception as error:  # a full disk, in whatever words the writer has for it: hours of training go on
-        logger.event(f"checkpoint {name} could not be written, earlier ones are kept: {error}")
-        return
-    for outdated in sorted(folder.glob("step_*"))[: -args.keep_checkpoints]:
-        shutil.rmtree(outdated)
 
 
 # ======== evaluate ====================================================================================================

@@ -23,7 +23,6 @@ import difflib
 import importlib
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -81,13 +80,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import Ranks, RunLogger, wilson_interval
+from common import Ranks, RunLogger, UsageError, check_numbers, pick_device, run_name, seeded_generator, wilson_interval
 from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, load_tokenizer, tiny_tokenizer
-
-
-# Copied from grpo_gr00t.py:UsageError
-class UsageError(Exception):
-    """Bad input: one line that names the flag and the remedy."""
 
 
 def resolve(args: Args) -> Args:
@@ -96,12 +90,7 @@ def resolve(args: Args) -> Args:
     Raises:
         UsageError: names the flag and the remedy.
     """
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise UsageError(f"--device {args.device}: must be cpu, cuda, cuda:N or auto")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {args.device}: torch sees no CUDA GPU here; use --device cpu")
+    args.device = pick_device(args.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("sft_gr00t.py runs in one process; start it with python, not torchrun")
     if args.task not in TASKS:
@@ -109,18 +98,9 @@ def resolve(args: Args) -> Args:
         raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
     if args.evaluate and not args.checkpoint:
         raise UsageError("--evaluate: name what to evaluate with --checkpoint")
-    positive = "num_envs demos frames_per_demo steps batch_size learning_rate max_grad_norm denoise_steps"
-    for name in f"{positive} micro_batch_size".split():
-        if not getattr(args, name) > 0:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
-    for name in ("seed", "eval_every", "eval_episodes", "eval_seed", "weight_decay", "ema"):
-        if not getattr(args, name) >= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 0 or more")
-    if not args.exp_name:
-        stem = "eval" if args.evaluate else "sft_gr00t"
-        args.exp_name = f"{stem}__{args.task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    if (Path("runs") / args.exp_name / "metrics.jsonl").exists():
-        raise UsageError(f"--exp-name {args.exp_name}: that run exists; take another name")
+    positive = "num_envs demos frames_per_demo steps batch_size learning_rate max_grad_norm denoise_steps micro_batch_size"
+    check_numbers(args, positive, "seed eval_every eval_episodes eval_seed weight_decay ema")
+    args.exp_name = run_name(args, "sft_gr00t")
     return args
 
 
@@ -274,8 +254,7 @@ class Noise:
     """Random numbers that do not depend on how environments are split: every rank draws all rows and keeps its own."""
 
     def __init__(self, device: str | torch.device, ranks: Ranks, *seeds: int):
-        entropy = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
-        self.generator = torch.Generator(device).manual_seed(entropy)
+        self.generator = seeded_generator(device, *seeds)
         self.device, self.ranks = device, ranks
 
     def own(self, x: Tensor) -> Tensor:

@@ -1,0 +1,901 @@
+"""PPO on Isaac Lab's own tasks, from state observations: the baseline that everything else is compared with.
+
+    python ppo_isaac.py                                              # laptop: Isaac-Cartpole-Direct, no GPU needed
+    python ppo_isaac.py --task Isaac-Humanoid-Direct --num-envs 4096
+    python ppo_isaac.py --evaluate --checkpoint runs/<name>/checkpoints/best
+    torchrun --nproc_per_node=8 ppo_isaac.py --task Isaac-Humanoid-Direct --num-envs 32768
+
+PPO is Schulman et al. 2017 (arXiv 1707.06347); "The 37 Implementation Details of PPO" (Huang et al., ICLR blog track
+2022) says what else matters, and docs/ppo_isaac.md where each detail stands here. How this differs from CleanRL's
+ppo_continuous_action.py, the reference of that article:
+- Time-outs are no terminations: the value of the true final observation is bootstrapped (arXiv 1712.00378).
+- Values and log-probabilities are computed after the rollout, all steps in one pass; the rollout runs the actor alone.
+- The learning rate follows the KL of the policy, as Isaac Lab's recipes do; `--schedule linear` anneals it.
+- The critic sees the task's critic observations where it has some.
+- A checkpoint is a point at which all environments start anew from a seed: a resumed run equals an uninterrupted one.
+- Nothing waits for the device inside rollout and update: the learning rate and the target-KL stop live there, too.
+"""
+
+# ======== imports =====================================================================================================
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+
+HERE = Path(__file__).resolve().parent
+
+
+# ======== Args ========================================================================================================
+@dataclass
+class Args:
+    """Fields left at None get the task's own value (`TASKS`), or one for any task (`DEFAULTS`)."""
+
+    # general
+    task: str | None = None  # registered Isaac Lab task (default: the checkpoint's, or Isaac-Cartpole-Direct)
+    checkpoint: str | None = None  # folder of a saved policy: evaluated with --evaluate, trained further without
+    seed: int = 1  # seed of the weights, the environments, the actions and the minibatches
+    device: str = "auto"  # cpu, cuda, cuda:N, or auto
+    physics: str | None = None  # Isaac Lab physics preset (newton_mjwarp, isaacsim_physx, ...)
+    overrides: tuple[str, ...] = ()  # Isaac Lab overrides of the task, as presets=box_discrete or env.decimation=4
+    num_envs: int | None = None  # parallel environments over all ranks (default: 512 on a CPU, 4096 on a GPU)
+    iterations: int | None = None  # rollout-and-update iterations
+    evaluate: bool = False  # evaluate --checkpoint, and nothing else
+    eval_every: int = 0  # iterations between evaluations of the deterministic policy; 0: only at the end
+    eval_episodes: int = 256  # episodes of an evaluation (at most one per environment); 0: none
+    eval_seed: int = 7_000_000  # seed of the evaluation's episodes, the same for every evaluation
+    save_every: int = 50  # iterations between checkpoints
+    keep_checkpoints: int = 2  # how many of the latest checkpoints stay on disk, beside the best one
+    resume: str | None = None  # runs/<name> of an interrupted run: goes on from its latest checkpoint, with its arguments
+    track: bool = True  # log to Weights & Biases (offline when nobody is logged in)
+    wandb_project: str = "gr00t-rl"  # Weights & Biases project
+    exp_name: str | None = None  # the run's folder is runs/<exp-name>; made from task, seed and time by default
+    capture_video: bool = False  # film the deterministic policy after training (adds a camera to the scene)
+    compile: bool = False  # torch.compile the networks
+    mixed_precision: bool = False  # networks in bfloat16; log-probabilities, losses and optimizer stay in fp32
+
+    # algorithm
+    num_steps: int | None = None  # T, steps per environment and rollout
+    epochs: int | None = None  # passes over a rollout
+    minibatches: int = 4  # optimizer steps per epoch
+    learning_rate: float | None = None  # Adam's learning rate, the initial one of the adaptive schedule
+    schedule: Literal["adaptive", "linear", "constant"] = "adaptive"  # adaptive: follows --target-kl; linear: down to 0
+    target_kl: float | None = None  # KL(old | new) that the adaptive schedule aims at
+    stop_kl: float | None = None  # no further updates of a rollout after an epoch with more KL than this
+    gamma: float | None = None  # discount
+    gae_lambda: float | None = None  # lambda of GAE
+    clip: float = 0.2  # clip range of the ratio, and of the value's change
+    clip_value: bool = True  # clip the value loss
+    normalize_advantages: bool = True  # to mean 0 and std 1 in every minibatch
+    entropy_coef: float | None = None  # weight of the entropy bonus
+    value_coef: float | None = None  # weight of the value loss (which has the 1/2)
+    max_grad_norm: float = 1.0  # global gradient norm
+    normalize_obs: bool | None = None  # observations to mean 0 and std 1, by running statistics
+    clip_obs: float = 10.0  # bound on normalised observations
+    normalize_returns: bool | None = None  # rewards divided by the running std of the discounted return
+    clip_rewards: float = 10.0  # bound on such rewards
+    clip_actions: float | None = None  # symmetric bound on actions, beside the action space's own
+    stagger: bool = True  # first episodes of a rollout end at random ages, so time-outs are spread out
+    hidden: tuple[int, ...] | None = None  # sizes of the hidden layers of actor and critic
+    activation: Literal["elu", "tanh", "relu"] = "elu"  # of the hidden layers
+    init_std: float = 1.0  # initial std of the Gaussian policy
+    recurrent: bool = False  # an LSTM before the layers of actor and critic
+    lstm_size: int = 128  # its hidden size
+    obs_groups: tuple[str, ...] | None = None  # the task's observation groups that the policy sees, joined
+    critic_groups: tuple[str, ...] | None = None  # those that the critic sees (default: critic, or as the policy)
+    hide_obs: tuple[int, ...] = ()  # columns of the policy observation to leave out (makes a task one of memory)
+
+
+LOCOMOTION = dict(num_steps=32, learning_rate=5e-4, hidden=(400, 200, 100), entropy_coef=0.0)
+CARTPOLE = dict(num_steps=16, hidden=(32, 32), iterations=150)
+LIFT = dict(num_steps=32, gamma=0.995, gae_lambda=0.9, hidden=(512, 256, 128), normalize_obs=True, iterations=15_000)
+STACK = dict(num_steps=48, gamma=0.995, normalize_obs=True, iterations=3000)
+# hyperparameters per task, from Isaac Lab's own recipes where they are not marked; any flag overrides them
+TASKS: dict[str, dict] = {
+    "Isaac-Cartpole-Direct": CARTPOLE,
+    "Isaac-Cartpole": CARTPOLE,
+    "IsaacContrib-Cartpole-Showcase-Direct": CARTPOLE,
+    "Isaac-Ant-Direct": LOCOMOTION,
+    "Isaac-Ant": LOCOMOTION,
+    "Isaac-Humanoid-Direct": dict(LOCOMOTION, normalize_obs=True, value_coef=2.0),
+    "Isaac-Humanoid": dict(LOCOMOTION, normalize_obs=True, value_coef=2.0),
+    "Isaac-Reach-Franka": dict(epochs=8, hidden=(64, 64), entropy_coef=0.01),
+    "Isaac-Lift-Franka": dict(LIFT, obs_groups=("policy", "proprio", "perception")),
+    "Isaac-Open-Drawer-Franka": dict(num_steps=96, learning_rate=5e-4, target_kl=0.02, entropy_coef=1e-3, iterations=400),
+    "IsaacContrib-Stack-Cube-Franka": STACK,  # no recipe to start from: a guess
+    "IsaacContrib-Stack-Cube-Franka-IK-Rel": STACK,
+}
+# for what a task leaves open
+DEFAULTS = dict(
+    num_steps=24, epochs=5, learning_rate=1e-3, target_kl=0.01, gamma=0.99, gae_lambda=0.95, entropy_coef=0.005,
+    value_coef=1.0, hidden=(256, 128, 64), iterations=1000, normalize_obs=False, normalize_returns=False,
+    obs_groups=("policy",),
+)  # fmt: skip
+# what makes a network; a checkpoint keeps it
+NETWORK = ("hidden", "activation", "init_std", "recurrent", "lstm_size", "normalize_obs", "clip_obs")
+NETWORK += ("obs_groups", "critic_groups", "hide_obs")
+# heavy imports come after the command line, so --help is instant
+ARGS = tyro.cli(Args) if __name__ == "__main__" else None
+
+import gymnasium as gym
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common import (
+    Ranks,
+    RunLogger,
+    StageTimer,
+    UsageError,
+    check_finite,
+    check_numbers,
+    gae,
+    latest_checkpoint,
+    merge_moments,
+    peak_memory_gb,
+    pick_device,
+    resumed_args,
+    run_name,
+    save_checkpoint,
+    seeded_generator,
+    steps_per_second,
+    to_host,
+)  # fmt: skip
+from stock_tasks import add_camera, known_task, seeded_generators, task_config
+
+
+def resolve(args: Args) -> Args:
+    """Fills in what was left open and refuses what cannot work, before anything expensive starts.
+
+    Raises:
+        UsageError: names the flag and the remedy.
+    """
+    if args.resume:
+        args = resumed_args(args)
+    args.device = pick_device(args.device)
+    if args.evaluate and not args.checkpoint:
+        raise UsageError("--evaluate: needs --checkpoint, a folder like runs/<name>/checkpoints/best")
+    saved = {}
+    if args.checkpoint:
+        try:
+            saved = json.loads((Path(args.checkpoint) / "policy.json").read_text())
+            network = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in NETWORK}
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"--checkpoint {args.checkpoint}: no policy of this script there ({error!r})") from error
+    args.task = known_task(args.task or saved.get("task", "Isaac-Cartpole-Direct"))
+    if saved and saved["task"] != args.task:
+        raise UsageError(f"--checkpoint {args.checkpoint}: a policy for {saved['task']}, not for --task {args.task}")
+    own = {"num_envs": 4096 if args.device.startswith("cuda") else 512, **DEFAULTS, **TASKS.get(args.task, {})}
+    for name, value in own.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, value in (network if saved else {}).items():
+        setattr(args, name, value)
+    positive = "num_envs iterations save_every keep_checkpoints num_steps epochs minibatches learning_rate target_kl stop_kl"
+    positive += " clip max_grad_norm clip_obs clip_rewards clip_actions init_std lstm_size"
+    check_numbers(args, positive, "entropy_coef value_coef eval_every eval_episodes seed eval_seed gamma gae_lambda")
+    for name in ("gamma", "gae_lambda"):
+        if getattr(args, name) > 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at most 1")
+    if min(args.hidden, default=0) < 1:
+        raise UsageError(f"--hidden {' '.join(map(str, args.hidden))}: needs at least one size, each of 1 or more")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.num_envs % world:
+        raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {world} ranks")
+    samples = args.num_envs * (1 if args.recurrent else args.num_steps)
+    if samples < 2 * args.minibatches:
+        what = "environments" if args.recurrent else "steps (--num-envs times --num-steps)"
+        raise UsageError(f"--minibatches {args.minibatches}: {samples} {what} leave fewer than 2 for each; use fewer")
+    args.exp_name = run_name(args, "ppo_isaac")
+    return args
+
+
+# ======== env =========================================================================================================
+class Spaces(NamedTuple):
+    """What the networks read and write."""
+
+    obs: tuple[int, ...]  # shape of a policy observation
+    critic: tuple[int, ...]  # shape of a critic observation; empty: the critic sees the policy's
+    continuous: int  # dimensions of a Box action, else 0
+    choices: tuple[int, ...]  # number of values of each component of a (Multi)Discrete action
+
+    @property
+    def outputs(self) -> int:
+        return self.continuous or sum(self.choices)
+
+
+class VecEnv:
+    """An Isaac Lab task as plain tensors. Isaac Lab resets inside `step`; its two kinds of tasks are alike here."""
+
+    def __init__(self, args: Args, cfg, ranks: Ranks):
+        self.env = gym.make(args.task, cfg=cfg)
+        self.base, self.ranks, self.args = self.env.unwrapped, ranks, args
+        self.num_envs, self.device, self.horizon = self.base.num_envs, self.base.device, int(self.base.max_episode_length)
+        self.finite, self.final = cfg.is_finite_horizon, None
+        self.running = torch.zeros(2, self.num_envs, device=self.device)  # return and length of the current episodes
+        space = self.base.single_action_space
+        choices = [int(space.n)] if isinstance(space, gym.spaces.Discrete) else [int(n) for n in getattr(space, "nvec", ())]
+        self.bounds = None
+        if not choices:
+            limit = args.clip_actions or math.inf
+            low, high = (torch.as_tensor(np.ravel(b), device=self.device).clamp(-limit, limit) for b in (space.low, space.high))
+            self.bounds = (low, high) if torch.isfinite(torch.cat([low, high])).any() else None
+        obs, critic = self.restart(args.seed, stagger=False)
+        separate = tuple(critic.shape[1:]) if critic is not obs else ()
+        self.spaces = Spaces(tuple(obs.shape[1:]), separate, 0 if choices else math.prod(space.shape), tuple(choices))
+
+    def read(self, groups: dict) -> tuple[Tensor, Tensor]:
+        """Policy and critic observations (N, d), (N, dc) of Isaac Lab's observation groups; one tensor if they agree."""
+        obs = flatten([groups[name] for name in self.args.obs_groups])
+        if self.args.hide_obs:
+            obs = obs[:, [i for i in range(obs.shape[1]) if i not in self.args.hide_obs]]
+        own = self.args.critic_groups or (("critic",) if "critic" in groups else ())
+        return obs, flatten([groups[name] for name in own]) if own else obs
+
+    def restart(self, seed: int, steps: int = 0, stagger: bool = True, snapshot: dict | None = None) -> tuple[Tensor, Tensor]:
+        """Starts one episode everywhere, or goes on from a snapshot; the rest depends on arguments and actions alone.
+
+        Args:
+            seed: of starts and randomisation; each rank makes its own of it.
+            steps: environment steps so far, for the task's curriculum.
+            stagger: episodes have random ages, so that they do not time out together.
+            snapshot: what `snapshot` returned. Memory of the task's own (commands, last actions) starts anew.
+        """
+        self.base.common_step_counter = steps
+        groups, _ = self.env.reset(seed=int(np.random.SeedSequence((seed, steps, self.ranks.rank)).generate_state(1)[0]))
+        self.running.zero_()
+        if snapshot:
+            self.base.scene.reset_to(snapshot["scene"], None, is_relative=True)  # sets targets that PD control would have
+            for name, targets in snapshot["targets"].items():
+                for kind, target in targets.items():
+                    write = getattr(self.base.scene.articulations[name], f"set_joint_{kind}_target_index")
+                    write(target=target.to(self.device))
+            self.base.sim.forward()
+            self.base.episode_length_buf.copy_(snapshot["age"])
+            self.running.copy_(snapshot["running"])
+        elif stagger:
+            self.base.episode_length_buf.random_(0, self.horizon)
+        return self.read(groups)
+
+    def snapshot(self) -> dict:
+        """Where the bodies are and how old the episodes: what a checkpoint keeps of the environments."""
+        targets = {}
+        for name, body in self.base.scene.articulations.items():
+            kinds = {"position": body.data.joint_pos_target, "velocity": body.data.joint_vel_target}
+            kinds["effort"] = body.data.joint_effort_target
+            targets[name] = {kind: x.torch for kind, x in kinds.items()}
+        own = {"age": self.base.episode_length_buf, "running": self.running}
+        return to_cpu({"scene": self.base.scene.get_state(is_relative=True), "targets": targets, **own})
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Executes (N, C) actions: numbers, which are clipped here and nowhere else, or indices.
+
+        Returns:
+            policy and critic observation of the next step, reward, terminated, truncated (N,), and the critic
+            observations from before the resets, valid where an episode ended (None: nowhere).
+        """
+        action = action.clamp(*self.bounds) if self.bounds else action
+        groups, reward, terminated, truncated, extras = self.env.step(action)
+        if self.finite:
+            terminated, truncated = terminated | truncated, torch.zeros_like(truncated)
+        final, new = None, extras.get("final_obs")
+        if new is not self.final:  # it stays in extras; a new object means that an episode has just ended
+            self.final, final = new, self.read(new)[1]
+        return *self.read(groups), reward, terminated, truncated, final
+
+    def finished(self, rewards: Tensor, done: Tensor) -> Tensor:
+        """(3,): summed return and length of the episodes that ended within a rollout (T, N), and their number."""
+        ending = done.flip(0).cummax(0).values.flip(0)  # (T, N) whether the step belongs to an episode that ended
+        both = torch.stack([rewards, torch.ones_like(rewards)])  # (2, T, N)
+        sums = (both * ending).sum((1, 2)) + (self.running * ending[0]).sum(1)
+        self.running = self.running * ~ending[0] + (both * ~ending).sum(1)
+        return torch.cat([sums, done.sum()[None]])
+
+
+def to_cpu(tree):
+    return {k: to_cpu(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.detach().to("cpu", copy=True)
+
+
+def flatten(group) -> Tensor:
+    """(N, d) from an observation group: a tensor, or terms in a dict or a tuple."""
+    if isinstance(group, dict | tuple | list):
+        return torch.cat([flatten(term) for term in (group.values() if isinstance(group, dict) else group)], 1)
+    return group.reshape(len(group), -1).float()
+
+
+@contextlib.contextmanager
+def make_env(args: Args, cfg, run_dir: Path, ranks: Ranks):
+    """Starts the simulator and yields a VecEnv; what the simulator prints goes to a file."""
+    run_dir.mkdir(parents=True, exist_ok=True)  # ranks other than 0 may be here first
+    log = open(run_dir / f"simulator{ranks.rank or ''}.log", "a")
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        from isaaclab.app import launch_simulation
+
+        cfg.seed = args.seed + ranks.rank
+        if args.capture_video:
+            add_camera(cfg)
+        launcher = argparse.Namespace(device=args.device, headless=True, enable_cameras=args.capture_video)
+        simulation = contextlib.ExitStack()
+        simulation.enter_context(launch_simulation(cfg, launcher))
+        with seeded_generators(args.seed):
+            env = VecEnv(args, cfg, ranks)
+    with simulation:
+        yield env
+        env.env.close()
+
+
+# ======== rollout =====================================================================================================
+class RunningNorm(nn.Module):
+    """Normalises by running mean and std; 0.01 is added to the std, so that a constant column is not blown up."""
+
+    def __init__(self, size: int, clip: float):
+        super().__init__()
+        self.clip = clip
+        self.register_buffer("moments", torch.zeros(3, size, dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.shift) * self.scale).clamp(-self.clip, self.clip)
+
+    def update(self, rows: Tensor, ranks: Ranks) -> None:
+        self.moments = merge_moments(self.moments, rows, ranks)
+        self.shift.copy_(self.moments[1])
+        self.scale.copy_(1 / ((self.moments[2] / self.moments[0]).sqrt() + 0.01))
+
+
+class Network(nn.Module):
+    """A multi-layer perceptron, behind an LSTM with --recurrent; orthogonal weights, zero biases."""
+
+    def __init__(self, shape: tuple[int, ...], outputs: int, gain: float, args: Args):
+        super().__init__()
+        self.lstm = nn.LSTMCell(*shape, args.lstm_size) if args.recurrent else None
+        sizes, layers = [args.lstm_size if args.recurrent else math.prod(shape), *args.hidden], []
+        for a, b in itertools.pairwise(sizes):
+            layers += [nn.Linear(a, b), {"elu": nn.ELU, "tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]()]
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+        for name, p in self.named_parameters():
+            last = name.startswith(f"layers.{len(layers)}.")
+            std = gain if last else 1.0 if name.startswith("lstm") else math.sqrt(2)
+            nn.init.orthogonal_(p, std) if "weight" in name else nn.init.zeros_(p)
+
+    def forward(self, x: Tensor, state: Tensor | None = None, starts: Tensor | None = None):
+        """Outputs for each step, and the LSTM's states after it.
+
+        Args:
+            x: (T, N, d); any leading dimensions without an LSTM.
+            state: (2, N, H) hidden and cell state before the first step.
+            starts: (T, N) whether a step is the first of an episode, which sees a zero state.
+
+        Returns:
+            (T, N, outputs) in fp32, (T, 2, N, H) or None.
+        """
+        if self.lstm is None:
+            return self.layers(x).float(), None
+        states, keep = [], (~starts).to(x.dtype)[:, None, :, None]  # (T, 1, N, 1)
+        for t in range(len(x)):
+            state = torch.stack(self.lstm(x[t], tuple(state * keep[t])))
+            states.append(state)
+        states = torch.stack(states)
+        return self.layers(states[:, 0]).float(), states
+
+
+class ActorCritic(nn.Module):
+    """Separate networks for policy and value; Gaussian or categorical actions with independent components.
+
+    The parameters of the distribution are the mean (..., C), or the log-probabilities of all components side by side.
+    """
+
+    def __init__(self, spaces: Spaces, args: Args):
+        super().__init__()
+        self.spaces, self.args = spaces, args
+        self.actor = Network(spaces.obs, spaces.outputs, 0.01, args)
+        self.critic = Network(spaces.critic or spaces.obs, 1, 1.0, args)
+        self.log_std = nn.Parameter(torch.full((spaces.continuous,), math.log(args.init_std)))
+        self.obs_norm = RunningNorm(*spaces.obs, args.clip_obs) if args.normalize_obs else nn.Identity()
+        own = args.normalize_obs and spaces.critic
+        self.critic_norm = RunningNorm(*spaces.critic, args.clip_obs) if own else nn.Identity()
+        self.return_norm = RunningNorm(1, math.inf)
+
+    def save(self, folder: Path) -> None:
+        """Weights and running statistics as safetensors, and what they are for as JSON."""
+        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, folder / "policy.safetensors")
+        kept = {name: getattr(self.args, name) for name in ("task", *NETWORK)}
+        (folder / "policy.json").write_text(json.dumps(kept | {"spaces": self.spaces._asdict()}, indent=2) + "\n")
+
+    def autocast(self):
+        return torch.autocast(self.log_std.device.type, torch.bfloat16, self.args.mixed_precision)
+
+    def forward(self, obs: Tensor, state: Tensor | None = None, starts: Tensor | None = None):
+        """Parameters of the distribution for normalised observations, and the LSTM's states."""
+        with self.autocast():
+            out, states = self.actor(obs, state, starts)
+        if self.spaces.choices:
+            out = torch.cat([part.log_softmax(-1) for part in out.split(self.spaces.choices, -1)], -1)
+        return out, states
+
+    def value(self, obs: Tensor, state: Tensor | None = None, starts: Tensor | None = None):
+        """Values (...,) of normalised critic observations, and the LSTM's states."""
+        with self.autocast():
+            out, states = self.critic(obs, state, starts)
+        return out.squeeze(-1), states
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor | None, state: Tensor | None = None, starts: Tensor | None = None):
+        """Actions (N, C) for raw observations (N, d): drawn with `noise` (N, P), or the most likely ones for None.
+
+        Returns:
+            action, parameters (N, P), the LSTM's state (2, N, H).
+        """
+        obs = self.obs_norm(obs)
+        if self.args.recurrent:
+            params, states = self(obs[None], state, starts[None])
+            params, state = params[0], states[0]
+        else:
+            params, _ = self(obs)
+        if self.spaces.choices:  # the largest of log-probability plus Gumbel noise is a sample
+            scores = params if noise is None else params + noise
+            return torch.stack([s.argmax(-1) for s in scores.split(self.spaces.choices, -1)], -1), params, state
+        return params if noise is None else torch.addcmul(params, noise, self.log_std.exp()), params, state
+
+    def noise(self, steps: int, n: int, ranks: Ranks, *seeds: int) -> Tensor:
+        """(T, N, P) standard normal or Gumbel numbers; every rank draws all columns and keeps its own."""
+        x = torch.empty(steps, n * ranks.world, self.spaces.outputs, device=self.log_std.device)
+        generator = seeded_generator(x.device, *seeds)
+        x = -x.exponential_(generator=generator).log() if self.spaces.choices else x.normal_(generator=generator)
+        return x[:, ranks.rank * n : (ranks.rank + 1) * n]
+
+    def log_prob(self, params: Tensor, action: Tensor) -> Tensor:
+        """Log-probability of actions (..., C), summed over the independent components: (...,)."""
+        if self.spaces.choices:
+            parts = zip(params.split(self.spaces.choices, -1), action.long().split(1, -1))
+            return sum(p.gather(-1, a).squeeze(-1) for p, a in parts)
+        z = (action - params) * torch.exp(-self.log_std)
+        return -0.5 * z.square().sum(-1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
+
+    def entropy(self, params: Tensor) -> Tensor:
+        """Entropy, summed over components: (...,)."""
+        if self.spaces.choices:
+            return -(params.exp() * params).sum(-1)
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(params.shape[:-1])
+
+    def kl(self, old: Tensor, old_log_std: Tensor, new: Tensor) -> Tensor:
+        """KL(old | new) in closed form: (...,)."""
+        if self.spaces.choices:
+            return (old.exp() * (old - new)).sum(-1)
+        change = self.log_std - old_log_std  # (C,)
+        fixed = (change + 0.5 * torch.exp(-2 * change) - 0.5).sum()
+        return fixed + 0.5 * ((new - old) * torch.exp(-self.log_std)).square().sum(-1)
+
+
+class Batch(NamedTuple):
+    """A rollout, ready for the update; samples lie in the first dimension, or in the second for an LSTM."""
+
+    obs: Tensor  # (T * N, d) normalised; (T, N, d) for an LSTM
+    critic: Tensor  # (T * N, dc), the same tensor where the critic sees the policy's
+    rest: Tensor  # (T * N, D) action, parameters, then log-probability, advantage, return and value: one gather
+    log_std: Tensor  # (C,)
+    starts: Tensor  # (T, N) bool
+    states: tuple[Tensor, Tensor] | None  # (2, N, H) of actor and critic before the rollout
+    figures: dict[str, Tensor]  # for the log, on the device
+
+
+class Storage:
+    """Buffers of a rollout, and what goes over from one rollout to the next."""
+
+    def __init__(self, args: Args, env: VecEnv):
+        T, N, spaces = args.num_steps, env.num_envs, env.spaces
+        zeros = functools.partial(torch.zeros, device=args.device)
+        self.obs = zeros(T + 1, N, *spaces.obs)
+        self.critic = zeros(T + 1, N, *spaces.critic) if spaces.critic else self.obs
+        self.final = zeros(T, *self.critic.shape[1:])
+        self.action = zeros(T, N, spaces.continuous or len(spaces.choices))
+        self.params = zeros(T, N, spaces.outputs)
+        self.reward, self.returns = zeros(T, N), zeros(N)
+        self.terminated, self.truncated = zeros(T, N, dtype=torch.bool), zeros(T, N, dtype=torch.bool)
+        self.starts = zeros(T + 1, N, dtype=torch.bool)  # whether a step is the first of an episode
+        self.states = [zeros(2, N, args.lstm_size) for _ in range(2)] if args.recurrent else None  # actor, critic
+        self.after = None  # the actor's state after the rollout
+
+    def begin(self, env: VecEnv, policy: ActorCritic, args: Args, iteration: int, carried: dict | None) -> None:
+        """Starts the environments, or goes on where a checkpoint left them: a run and its continuation do so alike.
+
+        The step after a checkpoint is not learned from: a task may hold on to values of the step before.
+        """
+        steps = iteration * args.num_steps
+        obs, critic = env.restart(args.seed, steps, args.stagger, carried and carried["env"])
+        starts, self.returns = torch.ones_like(self.starts[-1]), torch.zeros_like(self.returns)
+        if carried:
+            starts = carried["starts"].to(starts.device)
+            self.returns, self.states = carried["returns"].to(starts.device), carried["states"]
+            self.states = self.states and [x.to(starts.device) for x in self.states.values()]
+            action, _, _ = policy.act(obs, None, self.states and self.states[0], starts)
+            obs, critic, _, terminated, truncated, _ = env.step(action)
+            starts = starts | terminated | truncated
+            env.running *= ~starts
+        self.obs[-1], self.critic[-1], self.starts[-1] = obs, critic, starts
+
+    def carry(self, env: VecEnv) -> dict:
+        """What `begin` goes on from."""
+        states = dict(zip("ac", self.states)) if self.states else {}
+        return {"env": env.snapshot()} | to_cpu({"starts": self.starts[-1], "returns": self.returns, "states": states})
+
+
+@torch.no_grad()
+def rollout(env: VecEnv, policy: ActorCritic, store: Storage, args: Args, iteration: int, ranks: Ranks, timer) -> None:
+    """T steps everywhere, across episodes, into `store`."""
+    with timer("policy"):
+        for x in (store.obs, store.critic, store.starts):
+            x[0] = x[-1]
+        noise = policy.noise(args.num_steps, env.num_envs, ranks, args.seed, 1, iteration)
+        state = store.states and store.states[0]
+    for t in range(args.num_steps):
+        with timer("policy"):
+            action, params, state = policy.act(store.obs[t], noise[t], state, store.starts[t])
+        with timer("env"):
+            obs, critic, reward, terminated, truncated, final = env.step(action)
+        with timer("policy"):
+            store.action[t], store.params[t], store.reward[t] = action, params, reward
+            store.terminated[t], store.truncated[t], store.obs[t + 1] = terminated, truncated, obs
+            torch.logical_or(terminated, truncated, out=store.starts[t + 1])
+            if env.spaces.critic:
+                store.critic[t + 1] = critic
+            if final is not None:
+                store.final[t] = final
+    store.after = state
+
+
+@torch.no_grad()
+def make_batch(env: VecEnv, policy: ActorCritic, store: Storage, args: Args, ranks: Ranks) -> Batch:
+    """Values, log-probabilities and advantages of a rollout, all steps at once."""
+    T, critic_norm = args.num_steps, policy.critic_norm if env.spaces.critic else policy.obs_norm
+    obs = critic = policy.obs_norm(store.obs)  # (T + 1, N, d)
+    if env.spaces.critic:
+        critic = critic_norm(store.critic)
+    values, states = policy.value(critic, store.states and store.states[1], store.starts)  # (T + 1, N)
+    timed_out = (store.truncated & ~store.terminated).nonzero(as_tuple=True)
+    final_values, last = torch.zeros_like(store.reward), critic_norm(store.final[timed_out])  # (T, N), (E, dc)
+    if args.recurrent:
+        t, n = timed_out
+        fresh = torch.zeros(1, len(t), dtype=torch.bool, device=last.device)
+        final_values[timed_out] = policy.value(last[None], states[t, :, n].transpose(0, 1), fresh)[0][0]
+    else:
+        final_values[timed_out] = policy.value(last)[0]
+    rewards = scaled_rewards(policy, store, args, ranks) if args.normalize_returns else store.reward
+    flags = (store.terminated, store.truncated)
+    advantages, returns = gae(rewards, values[:T], *flags, final_values, values[T], args.gamma, args.gae_lambda)
+    log_prob, done = policy.log_prob(store.params, store.action), store.starts[1:]
+    rest = torch.cat([store.action, store.params, torch.stack([log_prob, advantages, returns, values[:T]], -1)], -1)
+    figures = {"finished": env.finished(store.reward, done), "reward": store.reward.mean(), "value": values.mean()}
+    figures |= {"residual": (returns - values[:T]).var(), "variance": returns.var()}
+    samples = [obs[:T], critic[:T] if env.spaces.critic else obs[:T], rest]
+    if not args.recurrent:
+        samples = [x.flatten(0, 1) for x in samples]
+    batch = Batch(*samples, policy.log_std.detach().clone(), store.starts[:T].clone(), store.states, figures)
+    if args.recurrent:
+        store.states = [store.after, states[T - 1]]
+    return batch
+
+
+def scaled_rewards(policy: ActorCritic, store: Storage, args: Args, ranks: Ranks) -> Tensor:
+    """Rewards (T, N) divided by the running std of the discounted return, and clipped."""
+    history = []
+    for reward, start in zip(store.reward, store.starts):
+        store.returns = store.returns * args.gamma * ~start + reward
+        history.append(store.returns)
+    policy.return_norm.update(torch.stack(history)[..., None], ranks)
+    return (store.reward * policy.return_norm.scale).clamp(-args.clip_rewards, args.clip_rewards)
+
+
+# ======== loss ========================================================================================================
+def ppo_loss(policy: ActorCritic, batch: Batch, obs: Tensor, critic: Tensor, rest: Tensor, size: int, args: Args, own=None):
+    """Clipped surrogate, clipped value loss and entropy bonus of a minibatch.
+
+    Args:
+        obs, critic, rest: (B, ...) rows of the batch, or (T, n, ...) for the environments `own` (n,) of an LSTM.
+        size: samples of the minibatch over all ranks; sums are divided by it.
+
+    Returns:
+        loss, and (6,): policy loss, value loss, entropy, clip fraction, KL(old | new), largest |ratio - 1|.
+    """
+    widths = (rest.shape[-1] - policy.spaces.outputs - 4, policy.spaces.outputs, 1, 1, 1, 1)
+    action, old, *columns = rest.split(widths, -1)
+    old_log_prob, advantage, target, old_value = (x.squeeze(-1) for x in columns)
+    context, critic_context = (None, None), (None, None)
+    if own is not None:
+        context, critic_context = ((state[:, own], batch.starts[:, own]) for state in batch.states)
+    params, _ = policy(obs, *context)
+    ratio = torch.exp(policy.log_prob(params, action) - old_log_prob)
+    clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+    policy_loss = -torch.minimum(advantage * ratio, advantage * clipped).sum() / size
+    value, _ = policy.value(critic, *critic_context)
+    error = (value - target).square()
+    if args.clip_value:
+        near = old_value + (value - old_value).clamp(-args.clip, args.clip)
+        error = torch.maximum(error, (near - target).square())
+    value_loss = 0.5 * error.sum() / size
+    entropy = policy.entropy(params).sum() / size
+    with torch.no_grad():
+        kl = policy.kl(old, batch.log_std, params).sum() / size
+        off = (ratio - 1).abs().amax() if ratio.numel() else kl
+        sums = torch.stack([policy_loss, value_loss, entropy, (ratio != clipped).sum() / size, kl, off])
+    return policy_loss - args.entropy_coef * entropy + args.value_coef * value_loss, sums
+
+
+# ======== train =======================================================================================================
+def plan_minibatches(args: Args, iteration: int, ranks: Ranks) -> list[list[tuple[Tensor, int]]]:
+    """For every epoch, a new permutation of all samples (of the environments for an LSTM), cut into minibatches.
+
+    Every rank draws the same permutation and keeps its own samples.
+
+    Returns:
+        Per epoch and minibatch: indices (n,) of this rank's samples, and the number of samples over all ranks.
+    """
+    generator, each = seeded_generator(args.device, args.seed, 2, iteration), args.num_steps if args.recurrent else 1
+    total, own, plan = args.num_envs, args.num_envs // ranks.world, []
+    for _ in range(args.epochs):
+        order = torch.randperm(total * args.num_steps // each, generator=generator, device=args.device)
+        parts = [(part, len(part) * each) for part in order.tensor_split(args.minibatches)]
+        if ranks.world > 1:  # sample t * total + n belongs to the rank of environment n
+            mine = [part[part % total // own == ranks.rank] for part, _ in parts]
+            parts = [(part // total * own + part % own, size) for part, (_, size) in zip(mine, parts)]
+        plan.append(parts)
+    return plan
+
+
+def update(policy: ActorCritic, optimizer, batch: Batch, plan: list, args: Args, ranks: Ranks) -> Tensor:
+    """Epochs over a rollout. Returns (7,): means of what `ppo_loss` reports (but the first |ratio - 1|), gradient norm."""
+    rate, parameters = optimizer.param_groups[0]["lr"], list(policy.parameters())
+    stopped, first = torch.zeros((), device=args.device), None
+    figures, norms, column = [], [], -3  # the advantage's
+    for parts in plan:
+        own, lengths = [index for index, _ in parts], [len(index) for index, _ in parts]
+        order, dim = torch.cat(own), 1 if args.recurrent else 0
+        samples = [x.index_select(dim, order).split(lengths, dim) for x in (batch.obs, batch.critic, batch.rest)]
+        for k, (obs, critic, rest) in enumerate(zip(*samples)):
+            size = parts[k][1]
+            if args.normalize_advantages:
+                advantage = rest[..., column]
+                mean, square = ranks.reduce(torch.stack([advantage.sum(), advantage.square().sum()])) / size
+                advantage.sub_(mean).div_((square - mean.square()).clamp(min=0).sqrt() + 1e-8)
+            loss, sums = ppo_loss(policy, batch, obs, critic, rest, size, args, own[k] if args.recurrent else None)
+            optimizer.zero_grad(set_to_none=False)
+            loss.backward()
+            ranks.sum_gradients(parameters)
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
+            kl = ranks.reduce(sums[4].clone())
+            if first is None:
+                first = sums[5]
+            elif args.schedule == "adaptive":
+                factor = torch.where(kl > 2 * args.target_kl, 1 / 1.5, torch.where(kl < args.target_kl / 2, 1.5, 1.0))
+                rate.mul_(factor).clamp_(1e-5, 1e-2)
+            optimizer.found_inf = stopped  # a step that Adam leaves out, without asking the device
+            optimizer.step()
+            figures.append(sums)
+        if args.stop_kl:
+            epoch_kl = ranks.reduce(torch.stack(figures[-len(parts) :])[:, 4].mean())
+            stopped = torch.maximum(stopped, (epoch_kl > args.stop_kl).float())
+    return torch.cat([torch.stack(figures)[:, :5].mean(0), first[None], torch.stack(norms).amax()[None]])
+
+
+def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks: Ranks, state: dict | None) -> None:
+    """The whole run: iterate, evaluate, summarise."""
+    rate = torch.tensor(args.learning_rate, device=args.device)  # on the device, where the adaptive schedule changes it
+    optimizer, store = torch.optim.Adam(policy.parameters(), rate, eps=1e-5, fused=True), Storage(args, env)
+    run = state or {"iteration": 0, "elapsed": 0.0, "stages": {}, "best": -math.inf}
+    if state:
+        optimizer.load_state_dict(run.pop("optimizer"))
+        rate = optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(args.device)
+    timer, begin = StageTimer(args.device), time.time() - run["elapsed"]
+    steps, result, latest, carried = args.num_envs * args.num_steps, {}, None, None
+    if state:
+        carried = run.pop("carried")[ranks.rank]
+    if args.compile:
+        policy.actor.compile()
+        policy.critic.compile()
+    for iteration in range(run["iteration"], args.iterations):
+        if carried or iteration == 0:
+            store.begin(env, policy, args, iteration, carried)
+            carried = None
+        if args.schedule != "adaptive":
+            rate.fill_(args.learning_rate * (1 - iteration / args.iterations if args.schedule == "linear" else 1))
+        rollout(env, policy, store, args, iteration, ranks, timer)
+        with timer("update"):
+            batch = make_batch(env, policy, store, args, ranks)
+            figures = update(policy, optimizer, batch, plan_minibatches(args, iteration, ranks), args, ranks)
+            if args.normalize_obs:  # only now: the update saw what the rollout saw
+                policy.obs_norm.update(store.obs[:-1], ranks)
+                if env.spaces.critic:
+                    policy.critic_norm.update(store.critic[:-1], ranks)
+            metrics = describe_iteration(batch, policy, rate, figures, args, ranks) | task_metrics(env)
+        check_finite(metrics, iteration, logger, tolerance=0.05 if args.mixed_precision else 1e-3)
+        seconds = timer.seconds()
+        run["iteration"] = iteration + 1
+        run["stages"] = {name: value + run["stages"].get(name, 0.0) for name, value in seconds.items()}
+        metrics |= {
+            "env_steps": (iteration + 1) * steps,
+            **{f"sps/{name}": value for name, value in steps_per_second(steps, seconds).items()},
+            **{f"time/{name}": value for name, value in seconds.items()},
+        }
+        last = iteration + 1 == args.iterations
+        save, test = (last or (every > 0 and (iteration + 1) % every == 0) for every in (args.save_every, args.eval_every))
+        if save or test:
+            carried = store.carry(env)
+        if test and args.eval_episodes:
+            result = evaluate(args, env, policy, ranks)
+            metrics |= {"eval/return": result["mean"], "eval/length": result["length"]}
+        run["elapsed"] = time.time() - begin
+        logger.log(iteration, metrics | {"time/elapsed": run["elapsed"]})
+        latest = metrics.get("eval/return", metrics.get("rollout/return", latest))
+        if save:
+            if latest is not None and latest > run["best"]:
+                run["best"] = latest
+                save_checkpoint(args, policy, None, run, "best", logger)
+            everywhere = run | {"carried": ranks.gather(carried)}
+            save_checkpoint(args, policy, optimizer, everywhere, f"step_{iteration + 1:06d}", logger)
+            logger.curve_png()
+    if result:
+        logger.event(f"deterministic policy: {show(result)}")
+    if args.capture_video:
+        record(args, env, policy, logger)
+    logger.summary(
+        {
+            "algorithm": "ppo",
+            **{name: getattr(args, name) for name in ("task", "seed", "iterations", "device", "num_envs")},
+            "world_size": ranks.world,
+            "env_steps": args.iterations * steps,
+            "seconds": run["elapsed"],
+            "return": latest,
+            "eval": result,
+            "assets": os.environ.get("ISAACSIM_ASSET_ROOT", "NVIDIA's"),
+            "peak_memory_gb": peak_memory_gb(args.device),
+            "steps_per_second": steps_per_second(args.iterations * steps, run["stages"]),
+        }
+    )
+
+
+def describe_iteration(batch: Batch, policy: ActorCritic, rate: Tensor, figures: Tensor, args: Args, ranks: Ranks) -> dict:
+    """The metrics of one iteration."""
+    names = ("policy_loss", "value_loss", "entropy", "clip_frac", "kl")
+    sums = {"finished": batch.figures["finished"], **dict(zip(names, figures))}
+    shares = {name: x / ranks.world for name, x in batch.figures.items() if name != "finished"}
+    std = policy.log_std.detach().exp().sum() / max(len(policy.log_std), 1)
+    extremes = {"first_ratio_error": figures[5], "grad_norm": figures[6], "learning_rate": rate, "action_std": std}
+    host = to_host(sums | shares, extremes, ranks)
+    total, length, episodes = host.pop("finished")
+    host = {name: value[0] for name, value in host.items()}
+    metrics = {f"update/{name}": host[name] for name in (*names, *extremes)}
+    metrics["update/loss"] = (
+        host["policy_loss"] - args.entropy_coef * host["entropy"] + args.value_coef * host["value_loss"]
+    )
+    metrics["update/explained_variance"] = 1 - host["residual"] / max(host["variance"], 1e-12)
+    metrics |= {"rollout/reward": host["reward"], "rollout/value": host["value"], "rollout/episodes": episodes}
+    return metrics | ({"rollout/return": total / episodes, "rollout/length": length / episodes} if episodes else {})
+
+
+def task_metrics(env: VecEnv) -> dict[str, float]:
+    """What the task itself logs at resets (reward terms, success, ...), as of the latest one."""
+    log = {f"task/{name}": torch.as_tensor(x, device=env.device) for name, x in env.base.extras.get("log", {}).items()}
+    log = {name: x.detach().float().reshape(()) for name, x in log.items() if x.numel() == 1}
+    return dict(zip(log, torch.stack([*log.values()]).tolist())) if log else {}
+
+
+# ======== evaluate ====================================================================================================
+@torch.no_grad()
+def evaluate(args: Args, env: VecEnv, policy: ActorCritic, ranks: Ranks, frames: list | None = None) -> dict[str, float]:
+    """Return of the deterministic policy in the first episode of each environment, from fixed starts.
+
+    Args:
+        frames: takes an image of up to 16 environments after every second step.
+
+    Returns:
+        mean, std (over episodes), length, episodes.
+    """
+    obs, _ = env.restart(args.eval_seed, stagger=False)
+    count = max(1, min(args.eval_episodes, args.num_envs) // ranks.world)
+    alive = torch.arange(env.num_envs, device=obs.device) < count  # (N,)
+    starts, sums = torch.ones_like(alive), torch.zeros(2, env.num_envs, device=obs.device)  # (2, N) return, length
+    state = torch.zeros(2, env.num_envs, args.lstm_size, device=obs.device) if args.recurrent else None
+    for t in range(env.horizon):
+        action, _, state = policy.act(obs, None, state, starts)
+        obs, _, reward, terminated, truncated, _ = env.step(action)
+        sums += alive * torch.stack([reward, torch.ones_like(reward)])
+        starts = terminated | truncated
+        alive &= ~starts
+        if frames is not None and t % 2 == 0:
+            frames.append(env.base.scene["video_camera"].data.output["rgb"].torch[:16, ..., :3].clone())
+        if t % 50 == 49 and not alive.any():  # no message between ranks is left out by this
+            break
+    total = ranks.reduce(torch.stack([sums[0].sum(), sums[0].square().sum(), sums[1].sum()]))
+    mean, square, length = (total / (count * ranks.world)).tolist()
+    return {"mean": mean, "std": max(square - mean**2, 0) ** 0.5, "length": length, "episodes": count * ranks.world}
+
+
+def show(result: dict[str, float]) -> str:
+    return "return {mean:.2f} +- {std:.2f} over {episodes} episodes of {length:.0f} steps".format(**result)
+
+
+def record(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger) -> None:
+    """Films the deterministic policy."""
+    frames: list[Tensor] = []
+    evaluate(args, env, policy, Ranks(0, 1), frames)
+    images = torch.stack(frames[:200]).cpu().numpy()  # (F, n, H, W, 3)
+    logger.save_gif("policy", images, np.zeros(images.shape[1], dtype=bool), fps=0.5 / env.base.step_dt)
+
+
+# ======== main ========================================================================================================
+def main(args: Args) -> None:
+    asked, args = args.task, resolve(args)
+    ranks = Ranks.start(args.device)
+    args.exp_name = ranks.broadcast(args.exp_name)
+    run_dir = Path(args.resume or Path("runs") / args.exp_name)
+    groups = (*args.obs_groups, *(args.critic_groups or ()))
+    cfg = task_config(args.task, args.device, args.num_envs // ranks.world, args.physics, args.overrides, groups)
+    state, folder = None, args.checkpoint
+    if args.resume:
+        folder = latest_checkpoint(run_dir)
+        try:
+            state = torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
+        except Exception as error:  # torch.load has many kinds
+            raise UsageError(f"--resume {args.resume}: {folder.name} is damaged ({error!r}); remove it") from error
+    try:
+        logger = RunLogger(
+            run_dir, dataclasses.asdict(args), script=__file__, total_iterations=args.iterations,
+            track=args.track, wandb_project=args.wandb_project,
+            resume_iteration=state["iteration"] if state else 0,
+            is_main=ranks.rank == 0,
+            device=args.device,
+            sources=[HERE / "stock_tasks.py"],
+        )  # fmt: skip
+    except OSError as error:
+        raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
+    logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs, {args.num_steps} steps a rollout")
+    if asked not in (None, args.task):
+        logger.event(f"{asked} is called {args.task} in this Isaac Lab")
+    if isinstance(getattr(cfg, "rewards", None), dict):
+        logger.event(f"{args.task} has no rewards: success earns 1, anything else that ends an episode is a failure")
+    logger.event(f"starting the simulator (its own output: {run_dir}/simulator.log)")
+    failure = None
+    with make_env(args, cfg, run_dir, ranks) as env:
+        try:
+            torch.manual_seed(args.seed)  # of the weights
+            policy = ActorCritic(env.spaces, args).to(args.device)
+            if folder:
+                try:
+                    policy.load_state_dict(load_file(Path(folder) / "policy.safetensors"))
+                except Exception as error:  # safetensors and torch have many kinds
+                    raise UsageError(f"--checkpoint {folder}: does not fit ({' '.join(str(error).split())})") from error
+            if args.evaluate:
+                result = evaluate(args, env, policy, ranks)
+                logger.event(f"deterministic policy of {args.checkpoint}: {show(result)}")
+                if args.capture_video:
+                    record(args, env, policy, logger)
+                logger.summary({"task": args.task, "checkpoint": args.checkpoint, "eval": result})
+            else:
+                train(args, env, policy, logger, ranks, state)
+        except UsageError as error:  # the simulator would print a traceback
+            failure = error
+    logger.close()
+    ranks.stop()
+    if failure:
+        raise failure
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    except UsageError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,139 @@
+"""Isaac Lab's own tasks: their names old and new, what they need without Isaac Sim, and what of them cannot be trained.
+
+Isaac Lab 3.0 runs most of its tasks on Newton, without Isaac Sim. Assets come from NVIDIA's server, or from the folder in
+ISAACSIM_ASSET_ROOT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import re
+from typing import Any
+from unittest import mock
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from common import UsageError
+
+# names of older Isaac Lab releases; a trailing -v0 is dropped anyway
+ALIASES = {
+    "Isaac-Stack-Cube-Franka": "IsaacContrib-Stack-Cube-Franka",
+    "Isaac-Stack-Cube-Franka-IK-Rel": "IsaacContrib-Stack-Cube-Franka-IK-Rel",
+    "Isaac-Lift-Cube-Franka": "Isaac-Lift-Franka",
+}
+
+
+def known_task(name: str) -> str:
+    """The registered id of a task, from the same or an older name.
+
+    Raises:
+        UsageError: Isaac Lab has no such task.
+    """
+    import isaaclab_tasks  # noqa: F401  (registers them)
+
+    name = ALIASES.get(name.removesuffix("-v0"), name.removesuffix("-v0"))
+    if name not in gym.registry:
+        near = difflib.get_close_matches(name, [task for task in gym.registry if task.startswith("Isaac")], 3, 0.0)
+        raise UsageError(f"--task {name}: Isaac Lab has no such task; nearest: {', '.join(near)}")
+    return name
+
+
+def task_config(
+    task: str, device: str, num_envs: int, physics: str | None, overrides: tuple[str, ...], groups: tuple[str, ...],
+    images: bool = False,
+) -> Any:  # fmt: skip
+    """Isaac Lab's configuration of a task; refuses what cannot be trained here, before the simulator starts.
+
+    A task without rewards gets its success termination as one, worth 1 for the step that succeeds.
+
+    Args:
+        physics: Isaac Lab's preset; None: the task's own, or Newton where Isaac Sim is not installed.
+        overrides: Isaac Lab's key=value overrides.
+        groups: observation groups that it must have.
+        images: whether the policy is to observe images, rather than numbers.
+
+    Raises:
+        UsageError: names the flag and the remedy.
+    """
+    from isaaclab.envs.utils.spaces import spec_to_gym_space
+    from isaaclab.managers import RewardTermCfg
+    from isaaclab.utils.assets import check_file_path
+    from isaaclab_tasks.utils import parse_env_cfg
+
+    physics = physics or (None if importlib.util.find_spec("isaacsim") else "newton_mjwarp")
+    given = [*([f"physics={physics}"] if physics else []), *overrides]
+    if "Stack-Cube" in task and physics and physics.startswith("newton"):
+        given.append("env.scene.replicate_physics=true")  # Newton finds no bodies otherwise
+    try:
+        cfg = parse_env_cfg(task, device, num_envs, overrides=given)
+    except Exception as error:  # hydra's own kinds
+        why = " ".join(str(error).split())
+        raise UsageError(f"--task {task} with {' '.join(given)}: {why}; see --physics and --overrides") from error
+    robot = getattr(getattr(cfg, "scene", None), "robot", None)
+    if physics and physics.startswith("newton") and getattr(getattr(robot, "spawn", None), "rigid_props", None):
+        if getattr(robot.spawn.rigid_props, "disable_gravity", False):  # which Newton does not know by that name
+            from isaaclab_newton.sim.schemas import MujocoRigidBodyCfg
+
+            robot.spawn.rigid_props = [robot.spawn.rigid_props, MujocoRigidBodyCfg(gravcomp=1.0)]
+    refused = f"--task {task}:"
+    if not hasattr(cfg, "is_finite_horizon") or hasattr(cfg, "possible_agents"):
+        raise UsageError(f"{refused} no task for a single agent; choose another")
+    if hasattr(cfg, "action_space"):  # a direct task; those of managers have Box actions always
+        space, observed = spec_to_gym_space(cfg.action_space), spec_to_gym_space(cfg.observation_space)
+        if not isinstance(space, gym.spaces.Box | gym.spaces.Discrete | gym.spaces.MultiDiscrete):
+            raise UsageError(f"{refused} its action space {space} is not supported (Box, Discrete, MultiDiscrete are)")
+        if images != (len(observed.shape or ()) > 1):
+            found, script = ("numbers", "ppo_isaac.py") if images else ("images", "ppo_isaac_rgb.py")
+            raise UsageError(f"{refused} it observes {found}; {script} is for those")
+    elif images:
+        raise UsageError(f"{refused} ppo_isaac_rgb.py takes direct tasks whose policy observation is an image")
+    elif cfg.rewards is None:
+        success = getattr(cfg.terminations, "success", None)
+        if success is None:
+            raise UsageError(f"{refused} it has neither rewards nor a termination called success to learn from")
+        weight = 1 / (cfg.sim.dt * cfg.decimation)  # Isaac Lab multiplies rewards by the step's length
+        cfg.rewards = {"success": RewardTermCfg(func=success.func, params=success.params, weight=weight)}
+    found = ("policy", "critic") if hasattr(cfg, "action_space") else tuple(vars(cfg.observations))
+    for group in groups:
+        if group not in found:
+            raise UsageError(f"--obs-groups {group}: {task} has no such group; it has {', '.join(found)}")
+    for file in sorted(set(re.findall(r"'([^']+\.usd[acz]?)'", repr(cfg)))):
+        if "/UIElements/" not in file and not check_file_path(file):  # those are markers, drawn on demand
+            raise UsageError(
+                f"{refused} cannot reach {file}; connect to the network, or set ISAACSIM_ASSET_ROOT to a copy of "
+                "NVIDIA's assets (stand-ins that need no network: python tests/assets.py)"
+            )
+    cfg.compute_final_obs = True  # what time-outs are bootstrapped from
+    return cfg
+
+
+@contextlib.contextmanager
+def seeded_generators(seed: int):
+    """Meanwhile, numpy generators that are made without a seed get this one.
+
+    Some observation terms sample points on objects so, when a task is built: a policy would meet others at every start.
+    """
+    plain = np.random.default_rng
+    with mock.patch("numpy.random.default_rng", lambda given=None: plain(seed if given is None else given)):
+        yield
+
+
+def add_camera(cfg) -> None:
+    """A camera in every environment that looks the way the task's viewer does, from within the environment."""
+    import isaaclab.sim as sim_utils
+    from isaaclab.sensors import CameraCfg
+    from isaaclab.utils.math import create_rotation_matrix_from_view, quat_from_matrix
+    from isaaclab_tasks.utils.presets import MultiBackendRendererCfg
+
+    eye, at = torch.tensor([cfg.viewer.eye]).float(), torch.tensor([cfg.viewer.lookat]).float()
+    eye = at + (eye - at) / (eye - at).norm() * 0.8 * max(cfg.scene.env_spacing, 2.0)
+    rotation = quat_from_matrix(create_rotation_matrix_from_view(eye, at, "Z"))[0].tolist()
+    cfg.scene.video_camera = CameraCfg(
+        prim_path="{ENV_REGEX_NS}/video_camera", height=128, width=128, data_types=["rgb"],
+        renderer_cfg=MultiBackendRendererCfg(), spawn=sim_utils.PinholeCameraCfg(clipping_range=(0.05, 50.0)),
+        offset=CameraCfg.OffsetCfg(pos=eye[0].tolist(), rot=rotation, convention="opengl"),
+    )  # fmt: skip
