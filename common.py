@@ -839,8 +839,8 @@ def check_numbers(args: Any, positive: str, not_negative: str) -> None:
     for names, low in ((positive, "greater than 0"), (not_negative, "0 or more")):
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and not (value > 0 if low == "greater than 0" else value >= 0):
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be {low}")
+            if value is not None and not (math.isfinite(value) and (value > 0 if low == "greater than 0" else value >= 0)):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be {low}, and finite")
 
 
 def run_name(args: Any, stem: str) -> str:
@@ -850,7 +850,9 @@ def run_name(args: Any, stem: str) -> str:
         UsageError: that run exists.
     """
     stem = "eval" if args.evaluate else stem
-    name = args.exp_name or f"{stem}__{args.task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = own = args.exp_name or f"{stem}__{args.task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    while not args.exp_name and (Path("runs") / name).exists():  # another of the same second
+        name = f"{own}_{int(name.removeprefix(own + '_')) + 1 if name != own else 2}"
     resume = getattr(args, "resume", None)
     if not resume and (Path("runs") / name / "metrics.jsonl").exists():
         remedy = f" or --resume runs/{name}" if hasattr(args, "resume") else ""

@@ -13,7 +13,7 @@ ppo_continuous_action.py, the reference of that article:
 - The learning rate follows the KL of the policy, as Isaac Lab's recipes do; `--schedule linear` anneals it.
 - The critic sees the task's critic observations where it has some.
 - A checkpoint is a point at which all environments start anew from a seed: a resumed run equals an uninterrupted one.
-- Nothing waits for the device inside rollout and update: the learning rate and the target-KL stop live there, too.
+- Neither rollout nor update waits for the device: the learning rate and the target-KL stop live there, too.
 """
 
 # ======== imports =====================================================================================================
@@ -90,6 +90,7 @@ class Args:
     stagger: bool = True  # first episodes of a rollout end at random ages, so time-outs are spread out
     hidden: tuple[int, ...] | None = None  # sizes of the hidden layers of actor and critic
     activation: Literal["elu", "tanh", "relu"] = "elu"  # of the hidden layers
+    init: Literal["orthogonal", "torch"] | None = None  # weights: orthogonal with gains, or as torch makes layers
     init_std: float = 1.0  # initial std of the Gaussian policy
     recurrent: bool = False  # an LSTM before the layers of actor and critic
     lstm_size: int = 128  # its hidden size
@@ -99,7 +100,7 @@ class Args:
 
 
 LOCOMOTION = dict(num_steps=32, learning_rate=5e-4, hidden=(400, 200, 100), entropy_coef=0.0)
-CARTPOLE = dict(num_steps=16, hidden=(32, 32), iterations=150)
+CARTPOLE = dict(num_steps=16, hidden=(32, 32), init="torch", normalize_returns=True, iterations=150)
 LIFT = dict(num_steps=32, gamma=0.995, gae_lambda=0.9, hidden=(512, 256, 128), normalize_obs=True, iterations=15_000)
 STACK = dict(num_steps=48, gamma=0.995, normalize_obs=True, iterations=3000)
 # hyperparameters per task, from Isaac Lab's own recipes where they are not marked; any flag overrides them
@@ -121,7 +122,7 @@ TASKS: dict[str, dict] = {
 DEFAULTS = dict(
     num_steps=24, epochs=5, learning_rate=1e-3, target_kl=0.01, gamma=0.99, gae_lambda=0.95, entropy_coef=0.005,
     value_coef=1.0, hidden=(256, 128, 64), iterations=1000, normalize_obs=False, normalize_returns=False,
-    obs_groups=("policy",),
+    obs_groups=("policy",), init="orthogonal",
 )  # fmt: skip
 # what makes a network; a checkpoint keeps it
 NETWORK = ("hidden", "activation", "init_std", "recurrent", "lstm_size", "normalize_obs", "clip_obs")
@@ -173,7 +174,7 @@ def resolve(args: Args) -> Args:
         try:
             saved = json.loads((Path(args.checkpoint) / "policy.json").read_text())
             network = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in NETWORK}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"--checkpoint {args.checkpoint}: no policy of this script there ({error!r})") from error
     args.task = known_task(args.task or saved.get("task", "Isaac-Cartpole-Direct"))
     if saved and saved["task"] != args.task:
@@ -192,6 +193,8 @@ def resolve(args: Args) -> Args:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at most 1")
     if min(args.hidden, default=0) < 1:
         raise UsageError(f"--hidden {' '.join(map(str, args.hidden))}: needs at least one size, each of 1 or more")
+    if not args.obs_groups:
+        raise UsageError("--obs-groups: needs at least one group, as policy")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.num_envs % world:
         raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {world} ranks")
@@ -241,7 +244,10 @@ class VecEnv:
         """Policy and critic observations (N, d), (N, dc) of Isaac Lab's observation groups; one tensor if they agree."""
         obs = flatten([groups[name] for name in self.args.obs_groups])
         if self.args.hide_obs:
-            obs = obs[:, [i for i in range(obs.shape[1]) if i not in self.args.hide_obs]]
+            kept = [i for i in range(obs.shape[1]) if i not in self.args.hide_obs]
+            if not kept or not 0 <= min(self.args.hide_obs) <= max(self.args.hide_obs) < obs.shape[1]:
+                raise UsageError(f"--hide-obs {' '.join(map(str, self.args.hide_obs))}: columns are 0 to {obs.shape[1] - 1}")
+            obs = obs[:, kept]
         own = self.args.critic_groups or (("critic",) if "critic" in groups else ())
         return obs, flatten([groups[name] for name in own]) if own else obs
 
@@ -357,17 +363,44 @@ class RunningNorm(nn.Module):
         self.scale.copy_(1 / ((self.moments[2] / self.moments[0]).sqrt() + 0.01))
 
 
+class ELU(torch.autograd.Function):
+    """torch's own takes expm1, which on CPUs is 4 to 25 times slower than exp."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y = x.clamp(max=0).exp_().sub_(1)
+        torch.maximum(x, y, out=y)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return y.clamp(max=0).add_(1).mul_(grad)
+
+
+class Activation(nn.Module):
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.name == "elu" and x.device.type == "cpu":
+            return ELU.apply(x)
+        return getattr(torch.nn.functional, self.name)(x)
+
+
 class Network(nn.Module):
-    """A multi-layer perceptron, behind an LSTM with --recurrent; orthogonal weights, zero biases."""
+    """A multi-layer perceptron, behind an LSTM with --recurrent; with --init orthogonal, biases are zero."""
 
     def __init__(self, shape: tuple[int, ...], outputs: int, gain: float, args: Args):
         super().__init__()
         self.lstm = nn.LSTMCell(*shape, args.lstm_size) if args.recurrent else None
         sizes, layers = [args.lstm_size if args.recurrent else math.prod(shape), *args.hidden], []
         for a, b in itertools.pairwise(sizes):
-            layers += [nn.Linear(a, b), {"elu": nn.ELU, "tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]()]
+            layers += [nn.Linear(a, b), Activation(args.activation)]
         self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
-        for name, p in self.named_parameters():
+        for name, p in self.named_parameters() if args.init == "orthogonal" else ():
             last = name.startswith(f"layers.{len(layers)}.")
             std = gain if last else 1.0 if name.startswith("lstm") else math.sqrt(2)
             nn.init.orthogonal_(p, std) if "weight" in name else nn.init.zeros_(p)
@@ -464,7 +497,7 @@ class ActorCritic(nn.Module):
             parts = zip(params.split(self.spaces.choices, -1), action.long().split(1, -1))
             return sum(p.gather(-1, a).squeeze(-1) for p, a in parts)
         z = (action - params) * torch.exp(-self.log_std)
-        return -0.5 * z.square().sum(-1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
+        return -0.5 * z.square().sum(-1) - (self.log_std.sum() + 0.5 * math.log(2 * math.pi) * len(self.log_std))
 
     def entropy(self, params: Tensor) -> Tensor:
         """Entropy, summed over components: (...,)."""
@@ -491,6 +524,9 @@ class Batch(NamedTuple):
     starts: Tensor  # (T, N) bool
     states: tuple[Tensor, Tensor] | None  # (2, N, H) of actor and critic before the rollout
     figures: dict[str, Tensor]  # for the log, on the device
+
+
+ADVANTAGE = -3  # its column in Batch.rest
 
 
 class Storage:
@@ -581,10 +617,10 @@ def make_batch(env: VecEnv, policy: ActorCritic, store: Storage, args: Args, ran
     rest = torch.cat([store.action, store.params, torch.stack([log_prob, advantages, returns, values[:T]], -1)], -1)
     figures = {"finished": env.finished(store.reward, done), "reward": store.reward.mean(), "value": values.mean()}
     figures |= {"residual": (returns - values[:T]).var(), "variance": returns.var()}
-    samples = [obs[:T], critic[:T] if env.spaces.critic else obs[:T], rest]
-    if not args.recurrent:
-        samples = [x.flatten(0, 1) for x in samples]
-    batch = Batch(*samples, policy.log_std.detach().clone(), store.starts[:T].clone(), store.states, figures)
+    dims = 0 if args.recurrent else 1
+    obs, rest = obs[:T].flatten(0, dims), rest.flatten(0, dims)
+    critic = critic[:T].flatten(0, dims) if env.spaces.critic else obs
+    batch = Batch(obs, critic, rest, policy.log_std.detach().clone(), store.starts[:T].clone(), store.states, figures)
     if args.recurrent:
         store.states = [store.after, states[T - 1]]
     return batch
@@ -609,11 +645,10 @@ def ppo_loss(policy: ActorCritic, batch: Batch, obs: Tensor, critic: Tensor, res
         size: samples of the minibatch over all ranks; sums are divided by it.
 
     Returns:
-        loss, and (6,): policy loss, value loss, entropy, clip fraction, KL(old | new), largest |ratio - 1|.
+        loss, (5,) policy loss, value loss, entropy, clip fraction and KL(old | new), and the ratio.
     """
-    widths = (rest.shape[-1] - policy.spaces.outputs - 4, policy.spaces.outputs, 1, 1, 1, 1)
-    action, old, *columns = rest.split(widths, -1)
-    old_log_prob, advantage, target, old_value = (x.squeeze(-1) for x in columns)
+    action, old = rest[..., : ADVANTAGE - 1].tensor_split([-policy.spaces.outputs], -1)
+    old_log_prob, advantage, target, old_value = rest[..., ADVANTAGE - 1 :].unbind(-1)
     context, critic_context = (None, None), (None, None)
     if own is not None:
         context, critic_context = ((state[:, own], batch.starts[:, own]) for state in batch.states)
@@ -630,9 +665,8 @@ def ppo_loss(policy: ActorCritic, batch: Batch, obs: Tensor, critic: Tensor, res
     entropy = policy.entropy(params).sum() / size
     with torch.no_grad():
         kl = policy.kl(old, batch.log_std, params).sum() / size
-        off = (ratio - 1).abs().amax() if ratio.numel() else kl
-        sums = torch.stack([policy_loss, value_loss, entropy, (ratio != clipped).sum() / size, kl, off])
-    return policy_loss - args.entropy_coef * entropy + args.value_coef * value_loss, sums
+        sums = torch.stack([policy_loss, value_loss, entropy, (ratio != clipped).sum() / size, kl])
+    return policy_loss - args.entropy_coef * entropy + args.value_coef * value_loss, sums, ratio
 
 
 # ======== train =======================================================================================================
@@ -657,44 +691,66 @@ def plan_minibatches(args: Args, iteration: int, ranks: Ranks) -> list[list[tupl
 
 
 def update(policy: ActorCritic, optimizer, batch: Batch, plan: list, args: Args, ranks: Ranks) -> Tensor:
-    """Epochs over a rollout. Returns (7,): means of what `ppo_loss` reports (but the first |ratio - 1|), gradient norm."""
-    rate, parameters = optimizer.param_groups[0]["lr"], list(policy.parameters())
-    stopped, first = torch.zeros((), device=args.device), None
-    figures, norms, column = [], [], -3  # the advantage's
+    """Epochs over a rollout. Returns (7,): means of what `ppo_loss` reports, largest gradient norm, first |ratio - 1|."""
+    rate, (flat,) = optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["params"]
+    stopped = torch.zeros((), device=args.device)
+    edges = torch.tensor([args.target_kl / 2, args.target_kl * 2], device=args.device)
+    factors = torch.tensor([1.5, 1.0, 1 / 1.5], device=args.device)
+    figures, norms, first = [], [], None
     for parts in plan:
         own, lengths = [index for index, _ in parts], [len(index) for index, _ in parts]
         order, dim = torch.cat(own), 1 if args.recurrent else 0
-        samples = [x.index_select(dim, order).split(lengths, dim) for x in (batch.obs, batch.critic, batch.rest)]
-        for k, (obs, critic, rest) in enumerate(zip(*samples)):
-            size = parts[k][1]
+        kinds = dict.fromkeys((batch.obs, batch.rest, batch.critic))  # critic may be obs
+        shuffled = {x: x.index_select(dim, order).split(lengths, dim) for x in kinds}
+        for k, (_, size) in enumerate(parts):
+            obs, critic, rest = (shuffled[x][k] for x in (batch.obs, batch.critic, batch.rest))
             if args.normalize_advantages:
-                advantage = rest[..., column]
-                mean, square = ranks.reduce(torch.stack([advantage.sum(), advantage.square().sum()])) / size
-                advantage.sub_(mean).div_((square - mean.square()).clamp(min=0).sqrt() + 1e-8)
-            loss, sums = ppo_loss(policy, batch, obs, critic, rest, size, args, own[k] if args.recurrent else None)
-            optimizer.zero_grad(set_to_none=False)
+                normalize(rest[..., ADVANTAGE], size, ranks)
+            loss, sums, ratio = ppo_loss(policy, batch, obs, critic, rest, size, args, own[k] if args.recurrent else None)
+            flat.grad.zero_()
             loss.backward()
-            ranks.sum_gradients(parameters)
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm))
-            kl = ranks.reduce(sums[4].clone())
+            ranks.reduce(flat.grad)
+            norms.append(torch.nn.utils.clip_grad_norm_(flat, args.max_grad_norm))
             if first is None:
-                first = sums[5]
+                first = (ratio.detach() - 1).abs().max() if ratio.numel() else stopped
             elif args.schedule == "adaptive":
-                factor = torch.where(kl > 2 * args.target_kl, 1 / 1.5, torch.where(kl < args.target_kl / 2, 1.5, 1.0))
-                rate.mul_(factor).clamp_(1e-5, 1e-2)
-            optimizer.found_inf = stopped  # a step that Adam leaves out, without asking the device
+                kl = ranks.reduce(sums[4].clone())
+                rate.mul_(factors.take(torch.bucketize(kl, edges)) ** (1 - stopped)).clamp_(1e-5, 1e-2)
+            if args.stop_kl:
+                optimizer.found_inf = stopped  # a step that Adam leaves out, without asking the device
             optimizer.step()
             figures.append(sums)
         if args.stop_kl:
             epoch_kl = ranks.reduce(torch.stack(figures[-len(parts) :])[:, 4].mean())
             stopped = torch.maximum(stopped, (epoch_kl > args.stop_kl).float())
-    return torch.cat([torch.stack(figures)[:, :5].mean(0), first[None], torch.stack(norms).amax()[None]])
+    return torch.cat([torch.stack(figures).mean(0), torch.stack([torch.stack(norms).max(), first])])
+
+
+def normalize(advantage: Tensor, size: int, ranks: Ranks) -> None:
+    """To mean 0 and std 1 over a minibatch of `size` on all ranks, in place."""
+    if ranks.world == 1:
+        var, mean = torch.var_mean(advantage, correction=0)
+    else:
+        mean, square = ranks.reduce(torch.stack([advantage.sum(), advantage.square().sum()])) / size
+        var = (square - mean.square()).clamp(min=0)
+    advantage.sub_(mean).div_(var.sqrt_().add_(1e-8))
+
+
+def flat_parameter(module: nn.Module) -> nn.Parameter:
+    """All parameters of a module side by side; they and their gradients become views: one small step instead of many."""
+    parameters = sorted(module.parameters(), key=lambda p: -p.numel())  # small ones last, for the others' alignment
+    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    flat.grad = torch.zeros_like(flat)
+    nn.utils.vector_to_parameters(flat.data, parameters)
+    for p, grad in zip(parameters, flat.grad.split([p.numel() for p in parameters])):
+        p.grad = grad.view_as(p)
+    return flat
 
 
 def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks: Ranks, state: dict | None) -> None:
     """The whole run: iterate, evaluate, summarise."""
     rate = torch.tensor(args.learning_rate, device=args.device)  # on the device, where the adaptive schedule changes it
-    optimizer, store = torch.optim.Adam(policy.parameters(), rate, eps=1e-5, fused=True), Storage(args, env)
+    optimizer, store = torch.optim.Adam([flat_parameter(policy)], rate, eps=1e-5, fused=True), Storage(args, env)
     run = state or {"iteration": 0, "elapsed": 0.0, "stages": {}, "best": -math.inf}
     if state:
         optimizer.load_state_dict(run.pop("optimizer"))
@@ -740,10 +796,12 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
         run["elapsed"] = time.time() - begin
         logger.log(iteration, metrics | {"time/elapsed": run["elapsed"]})
         latest = metrics.get("eval/return", metrics.get("rollout/return", latest))
+        by_test = args.eval_every and args.eval_episodes  # else by the latest rollout
+        score = metrics.get("eval/return" if by_test else "rollout/return", -math.inf)
+        if (test if by_test else save) and score > run["best"]:
+            run["best"] = score
+            save_checkpoint(args, policy, None, run, "best", logger)
         if save:
-            if latest is not None and latest > run["best"]:
-                run["best"] = latest
-                save_checkpoint(args, policy, None, run, "best", logger)
             everywhere = run | {"carried": ranks.gather(carried)}
             save_checkpoint(args, policy, optimizer, everywhere, f"step_{iteration + 1:06d}", logger)
             logger.curve_png()
@@ -773,7 +831,7 @@ def describe_iteration(batch: Batch, policy: ActorCritic, rate: Tensor, figures:
     sums = {"finished": batch.figures["finished"], **dict(zip(names, figures))}
     shares = {name: x / ranks.world for name, x in batch.figures.items() if name != "finished"}
     std = policy.log_std.detach().exp().sum() / max(len(policy.log_std), 1)
-    extremes = {"first_ratio_error": figures[5], "grad_norm": figures[6], "learning_rate": rate, "action_std": std}
+    extremes = {"grad_norm": figures[5], "first_ratio_error": figures[6], "learning_rate": rate, "action_std": std}
     host = to_host(sums | shares, extremes, ranks)
     total, length, episodes = host.pop("finished")
     host = {name: value[0] for name, value in host.items()}
@@ -842,7 +900,7 @@ def main(args: Args) -> None:
     ranks = Ranks.start(args.device)
     args.exp_name = ranks.broadcast(args.exp_name)
     run_dir = Path(args.resume or Path("runs") / args.exp_name)
-    groups = (*args.obs_groups, *(args.critic_groups or ()))
+    groups = {"--obs-groups": args.obs_groups, "--critic-groups": args.critic_groups or ()}
     cfg = task_config(args.task, args.device, args.num_envs // ranks.world, args.physics, args.overrides, groups)
     state, folder = None, args.checkpoint
     if args.resume:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import io
 import re
 from typing import Any
 from unittest import mock
@@ -26,6 +27,8 @@ ALIASES = {
     "Isaac-Lift-Cube-Franka": "Isaac-Lift-Franka",
 }
 
+MISSING = object()
+
 
 def known_task(name: str) -> str:
     """The registered id of a task, from the same or an older name.
@@ -35,16 +38,18 @@ def known_task(name: str) -> str:
     """
     import isaaclab_tasks  # noqa: F401  (registers them)
 
-    name = ALIASES.get(name.removesuffix("-v0"), name.removesuffix("-v0"))
-    if name not in gym.registry:
-        near = difflib.get_close_matches(name, [task for task in gym.registry if task.startswith("Isaac")], 3, 0.0)
+    tasks = [task for task, spec in gym.registry.items() if "env_cfg_entry_point" in spec.kwargs]
+    if name not in tasks:
+        name = ALIASES.get(name.removesuffix("-v0"), name.removesuffix("-v0"))
+    if name not in tasks:
+        near = difflib.get_close_matches(name, tasks, 3, 0.0)
         raise UsageError(f"--task {name}: Isaac Lab has no such task; nearest: {', '.join(near)}")
     return name
 
 
 def task_config(
-    task: str, device: str, num_envs: int, physics: str | None, overrides: tuple[str, ...], groups: tuple[str, ...],
-    images: bool = False,
+    task: str, device: str, num_envs: int, physics: str | None, overrides: tuple[str, ...],
+    groups: dict[str, tuple[str, ...]], images: bool = False,
 ) -> Any:  # fmt: skip
     """Isaac Lab's configuration of a task; refuses what cannot be trained here, before the simulator starts.
 
@@ -53,7 +58,7 @@ def task_config(
     Args:
         physics: Isaac Lab's preset; None: the task's own, or Newton where Isaac Sim is not installed.
         overrides: Isaac Lab's key=value overrides.
-        groups: observation groups that it must have.
+        groups: observation groups that it must have, by the flag that names them.
         images: whether the policy is to observe images, rather than numbers.
 
     Raises:
@@ -68,11 +73,16 @@ def task_config(
     given = [*([f"physics={physics}"] if physics else []), *overrides]
     if "Stack-Cube" in task and physics and physics.startswith("newton"):
         given.append("env.scene.replicate_physics=true")  # Newton finds no bodies otherwise
+    told = io.StringIO()
     try:
-        cfg = parse_env_cfg(task, device, num_envs, overrides=given)
-    except Exception as error:  # hydra's own kinds
-        why = " ".join(str(error).split())
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+            cfg = parse_env_cfg(task, device, num_envs, overrides=given)
+            plain = parse_env_cfg(task, device, num_envs, overrides=[g for g in given if not g.startswith("env.")])
+    except (Exception, SystemExit) as error:  # hydra's own kinds
+        why = " ".join(f"{error} {told.getvalue()}".split())
         raise UsageError(f"--task {task} with {' '.join(given)}: {why}; see --physics and --overrides") from error
+    for override in overrides:
+        check_override(override, cfg, plain)
     robot = getattr(getattr(cfg, "scene", None), "robot", None)
     if physics and physics.startswith("newton") and getattr(getattr(robot, "spawn", None), "rigid_props", None):
         if getattr(robot.spawn.rigid_props, "disable_gravity", False):  # which Newton does not know by that name
@@ -83,7 +93,10 @@ def task_config(
     if not hasattr(cfg, "is_finite_horizon") or hasattr(cfg, "possible_agents"):
         raise UsageError(f"{refused} no task for a single agent; choose another")
     if hasattr(cfg, "action_space"):  # a direct task; those of managers have Box actions always
-        space, observed = spec_to_gym_space(cfg.action_space), spec_to_gym_space(cfg.observation_space)
+        try:
+            space, observed = spec_to_gym_space(cfg.action_space), spec_to_gym_space(cfg.observation_space)
+        except Exception as error:  # gymnasium's assertions among them
+            raise UsageError(f"{refused} its action space {cfg.action_space} is none ({error})") from error
         if not isinstance(space, gym.spaces.Box | gym.spaces.Discrete | gym.spaces.MultiDiscrete):
             raise UsageError(f"{refused} its action space {space} is not supported (Box, Discrete, MultiDiscrete are)")
         if images != (len(observed.shape or ()) > 1):
@@ -97,10 +110,18 @@ def task_config(
             raise UsageError(f"{refused} it has neither rewards nor a termination called success to learn from")
         weight = 1 / (cfg.sim.dt * cfg.decimation)  # Isaac Lab multiplies rewards by the step's length
         cfg.rewards = {"success": RewardTermCfg(func=success.func, params=success.params, weight=weight)}
-    found = ("policy", "critic") if hasattr(cfg, "action_space") else tuple(vars(cfg.observations))
-    for group in groups:
-        if group not in found:
-            raise UsageError(f"--obs-groups {group}: {task} has no such group; it has {', '.join(found)}")
+    direct = hasattr(cfg, "action_space")
+    if direct:
+        found = ("policy", "critic") if cfg.state_space else ("policy",)
+    else:
+        found = tuple(name for name, group in vars(cfg.observations).items() if group is not None)
+    for flag, names in groups.items():
+        for name in names:
+            if name not in found:
+                raise UsageError(f"{flag} {name}: {task} has no such group; it has {', '.join(found)}")
+            terms = () if direct else vars(getattr(cfg.observations, name)).values()
+            if any(getattr(getattr(term, "func", None), "__name__", "").startswith("image") for term in terms):
+                raise UsageError(f"{flag} {name}: {task} has images there; choose a group of numbers, or another task")
     for file in sorted(set(re.findall(r"'([^']+\.usd[acz]?)'", repr(cfg)))):
         if "/UIElements/" not in file and not check_file_path(file):  # those are markers, drawn on demand
             raise UsageError(
@@ -109,6 +130,24 @@ def task_config(
             )
     cfg.compute_final_obs = True  # what time-outs are bootstrapped from
     return cfg
+
+
+def check_override(override: str, cfg: Any, plain: Any) -> None:
+    """Refuses env.path=value where a task's plain configuration has no such path, or a number and the value is none.
+
+    Raises:
+        UsageError: names the flag and the path.
+    """
+    path = override.partition("=")[0].lstrip("+~").split(".")
+    if path[0] != "env":
+        return
+    for name in path[1:]:
+        nodes = (cfg, plain)
+        cfg, plain = (x.get(name, MISSING) if isinstance(x, dict) else getattr(x, name, MISSING) for x in nodes)
+        if plain is MISSING:
+            raise UsageError(f"--overrides {override}: the task has no {'.'.join(path)}")
+    if isinstance(plain, int | float) and isinstance(cfg, str):
+        raise UsageError(f"--overrides {override}: {'.'.join(path)} is a number, as {plain}")
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ gymnasium's classic-control extra; it uses neither here, hence --no-deps):
 What is compared
 - Every library runs the task's own registered settings through Isaac Lab's own wrapper, in a process of its own, one
   after the other, interleaved by seed. --iterations counts rsl_rl's; the others get the same number of env steps.
-- Their loggers and checkpoints are off. rl_games' TensorBoard file stays (it cannot be switched off), and rl_games'
-  minibatch size, an absolute number for 4096 environments, is scaled to keep the number of minibatches.
+- Their loggers and checkpoints are off. rl_games' TensorBoard file stays (it cannot be switched off); its minibatch size,
+  an absolute number for 4096 environments, is scaled to keep the number of minibatches; it takes OMP_NUM_THREADS like the
+  others instead of up to 4 threads; on a CPU its torch.compile is off, which recompiles for minutes there and gains nothing.
 
 How it is measured
 - From outside and the same for all: `gym.make` returns the environment inside `Recorder`. A row is written every T

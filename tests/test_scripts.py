@@ -27,9 +27,14 @@ def defines_args(file: Path) -> bool:
 
 
 SCRIPTS = sorted(file.name for file in ROOT.glob("*.py") if defines_args(file))
+GR00T = [script for script in SCRIPTS if "gr00t" in script]  # they start from a GR00T checkpoint, on the embedded task
+STOCK = [script for script in SCRIPTS if script not in GR00T]  # they start from random weights, on Isaac Lab's own tasks
 every_script = pytest.mark.parametrize("script", SCRIPTS)
+every_gr00t_script = pytest.mark.parametrize("script", GR00T)
+every_stock_script = pytest.mark.parametrize("script", STOCK)
 BANNERS = ["imports", "Args", "env", "GR00T wrapper", "rollout", "loss", "train", "evaluate", "main"]
 HOT = {"rollout", "update", "grpo_loss", "ppo_loss", "flow_matching_loss", "act", "denoise", "evaluate", "velocity", "value"}
+HOT |= {"make_batch", "scaled_rewards", "log_prob", "entropy", "kl"}
 
 
 def tree_of(script: str) -> ast.Module:
@@ -45,6 +50,10 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def scripts_with(*fields: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("script", [s for s in SCRIPTS if set(fields) <= set(fields_of(s))])
+
+
 def run(script: str, *flags: str, cwd: Path, python: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, *python, str(ROOT / script), *flags]
     env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **env}
@@ -52,7 +61,7 @@ def run(script: str, *flags: str, cwd: Path, python: tuple[str, ...] = (), **env
 
 
 def test_the_scripts_are_there():
-    assert {"grpo_gr00t.py", "sft_gr00t.py"} <= set(SCRIPTS)
+    assert {"grpo_gr00t.py", "sft_gr00t.py"} <= set(GR00T) and "ppo_isaac.py" in STOCK
 
 
 # ---------------------------------------------------------------- command line
@@ -75,19 +84,23 @@ def test_help_is_instant_and_complete(script, tmp_path):
 
 @every_script
 def test_every_field_is_read(script):
-    """As args.<name>, or by a getattr over a list of names; checking it in `resolve` alone does not count."""
+    """As args.<name>, or by a getattr over a list of names; checking it before the run alone does not count."""
     tree = tree_of(script)
+    imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "common"]
+    shared = [copies.find(tree_of("common.py"), alias.name) for node in imports for alias in node.names]
     found: set[str] = set()
-    for statement in tree.body:
-        if copies.names_of(statement) and copies.names_of(statement)[0] in ("Args", "resolve", "resumed_args"):
+    for statement in [*tree.body, *filter(None, shared)]:
+        name = next(iter(copies.names_of(statement)), None)
+        if name in ("Args", "resolve", "resumed_args", "check_numbers", "run_name"):
             continue
         by_name = any(isinstance(n, ast.Name) and n.id == "getattr" for n in ast.walk(statement))
         for node in ast.walk(statement):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
                 found.add(node.attr)
             elif by_name and isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.update(node.value.split())
-    assert not set(fields_of(script)) - found
+    unread = set(fields_of(script)) - found
+    assert not unread
 
 
 @every_script
@@ -229,22 +242,33 @@ SIMULATOR = "the simulator was started"
 
 
 @pytest.fixture
-def refusal(tmp_path, monkeypatch):
-    """Runs a script's main with bad input and returns its message; the simulator must not have been started."""
+def basics(request, tmp_path, monkeypatch):
+    """What a script needs in order to get as far as the simulator, which is not started: there it fails."""
     monkeypatch.chdir(tmp_path)
+
+    def make_env(*args, **kwargs):
+        raise AssertionError(SIMULATOR)
+
+    def given(script: str) -> dict:
+        monkeypatch.setattr(importlib.import_module(Path(script).stem), "make_env", make_env)
+        if script in STOCK:
+            from isaaclab.utils import assets
+
+            monkeypatch.setattr(assets, "check_file_path", lambda path: 1)  # as if all of them lay on this disk
+        same = {"checkpoint": str(request.getfixturevalue("tiny_checkpoint"))} if script in GR00T else {}
+        return {"device": "cpu", "track": False, **same}
+
+    return given
+
+
+@pytest.fixture
+def refusal(basics):
+    """Runs a script's main with bad input and returns its message; the simulator must not have been started."""
 
     def message(script: str, **overrides) -> str:
         module = importlib.import_module(Path(script).stem)
-
-        def make_env(*args, **kwargs):
-            raise AssertionError(SIMULATOR)
-
-        monkeypatch.setattr(module, "make_env", make_env)
-        unknown = set(overrides) - set(fields_of(script))
-        if unknown:
-            pytest.skip(f"{script} has no {', '.join(map(flag, sorted(unknown)))}")
         with pytest.raises(module.UsageError) as caught:
-            module.main(module.Args(**{"device": "cpu", "track": False, **overrides}))
+            module.main(module.Args(**basics(script) | overrides))
         text = str(caught.value)
         assert text and "\n" not in text and "Traceback" not in text
         return text
@@ -254,49 +278,66 @@ def refusal(tmp_path, monkeypatch):
 
 NOT_POSITIVE = (
     "num_envs iterations steps demos frames_per_demo batch_size save_every keep_checkpoints denoise_steps "
-    "noise_level learning_rate clip epochs minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk"
+    "noise_level learning_rate clip epochs minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk "
+    "num_steps target_kl stop_kl clip_obs clip_rewards clip_actions init_std lstm_size frame_skip"
 ).split()
 NEGATIVE = "kl_coef lr_warmup lr_hold eval_every eval_episodes seed eval_seed weight_decay ema".split()
+NEGATIVE += "entropy_coef value_coef gamma gae_lambda noop_max".split()
+AT_MOST_ONE = "gamma gae_lambda".split()
 
 
 SIZES = [*((f, v) for f in NOT_POSITIVE for v in (0, -1)), *((f, -1) for f in NEGATIVE)]
 
 
 @pytest.mark.parametrize("script, field, value", [(s, f, v) for s in SCRIPTS for f, v in SIZES if f in fields_of(s)])
-def test_sizes(script, field, value, refusal, tiny_checkpoint):
-    assert refusal(script, checkpoint=str(tiny_checkpoint), **{field: value}).startswith(f"{flag(field)} {value}:")
+def test_sizes(script, field, value, refusal):
+    assert refusal(script, **{field: value}).startswith(f"{flag(field)} {value}:")
+
+
+@pytest.mark.parametrize("script, field", [(s, f) for s in SCRIPTS for f in AT_MOST_ONE if f in fields_of(s)])
+def test_fractions(script, field, refusal):
+    assert refusal(script, **{field: 1.01}).startswith(f"{flag(field)} 1.01:")
 
 
 @every_script
-def test_unknown_task(script, refusal, tiny_checkpoint):
-    text = refusal(script, checkpoint=str(tiny_checkpoint), task="Tabletop-Lift-Cup-v0")
-    assert text.startswith("--task Tabletop-Lift-Cup-v0:") and "Tabletop-Lift-Cube-v0" in text
+def test_every_number_is_among_those_above(script):
+    fields = [n for n in copies.find(tree_of(script), "Args").body if isinstance(n, ast.AnnAssign)]
+    numbers = {n.target.id for n in fields if ast.unparse(n.annotation).split()[0] in ("int", "float")}
+    assert len(numbers) > 10 and not numbers - {*NOT_POSITIVE, *NEGATIVE, "group_size"}
+
+
+@every_script
+def test_unknown_task(script, refusal):
+    wrong, right = "Tabletop-Lift-Cup-v0", "Tabletop-Lift-Cube-v0"
+    if script in STOCK:
+        wrong, right = "Isaac-Kartpole-Direct", "Isaac-Cartpole-Direct"
+    text = refusal(script, task=wrong)
+    assert text.startswith(f"--task {wrong}:") and right in text
 
 
 @every_script
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_absent_gpu(script, device, refusal, tiny_checkpoint):
-    assert refusal(script, checkpoint=str(tiny_checkpoint), device=device).startswith(f"--device {device}:")
+def test_absent_gpu(script, device, refusal):
+    assert refusal(script, device=device).startswith(f"--device {device}:")
 
 
 @every_script
-def test_unknown_device(script, refusal, tiny_checkpoint):
-    assert refusal(script, checkpoint=str(tiny_checkpoint), device="gpu").startswith("--device gpu:")
+def test_unknown_device(script, refusal):
+    assert refusal(script, device="gpu").startswith("--device gpu:")
 
 
-@every_script
-def test_groups(script, refusal, tiny_checkpoint, monkeypatch):
-    same = {"checkpoint": str(tiny_checkpoint)}
-    assert refusal(script, **same, num_envs=24, group_size=16).startswith("--num-envs 24:")
+@scripts_with("group_size")
+def test_groups(script, refusal, monkeypatch):
+    assert refusal(script, num_envs=24, group_size=16).startswith("--num-envs 24:")
     for size in (1, 0, -4):
-        assert refusal(script, **same, num_envs=16, group_size=size).startswith(f"--group-size {size}:")
+        assert refusal(script, num_envs=16, group_size=size).startswith(f"--group-size {size}:")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    text = refusal(script, **same, num_envs=32, group_size=16)
+    text = refusal(script, num_envs=32, group_size=16)
     assert text.startswith("--num-envs 32:") and "4 ranks" in text
 
 
-@every_script
+@every_gr00t_script
 @pytest.mark.parametrize("evaluate", [False, True])
 def test_checkpoints(script, evaluate, refusal, tiny_checkpoint, write_checkpoint, tmp_path):
     def refused(folder: Path) -> str:
@@ -319,48 +360,146 @@ def test_checkpoints(script, evaluate, refusal, tiny_checkpoint, write_checkpoin
         assert "6 action dimensions" in text and "has 4" in text
 
 
-@every_script
+@every_stock_script
+def test_environments_and_minibatches(script, refusal, monkeypatch):
+    text = refusal(script, num_envs=2, num_steps=3, minibatches=4)
+    assert text.startswith("--minibatches 4:") and "6 steps" in text
+    if "recurrent" in fields_of(script):
+        text = refusal(script, num_envs=8, recurrent=True, minibatches=5)
+        assert text.startswith("--minibatches 5:") and "8 environments" in text
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    text = refusal(script, num_envs=30)
+    assert text.startswith("--num-envs 30:") and "4 ranks" in text
+
+
+@scripts_with("hidden")
+@pytest.mark.parametrize("hidden", [(), (0,), (32, -1)])
+def test_hidden(script, hidden, refusal):
+    assert refusal(script, hidden=hidden).startswith(f"--hidden {' '.join(map(str, hidden))}:")
+
+
+def write_policy(script: str, folder: Path, **changes) -> Path:
+    """A checkpoint folder whose weights are those of no network."""
+    module = importlib.import_module(Path(script).stem)
+    args = module.resolve(module.Args(device="cpu", exp_name="any"))
+    folder.mkdir()
+    kept = {name: getattr(args, name) for name in ("task", *module.NETWORK)}
+    (folder / "policy.json").write_text(json.dumps(kept | changes))
+    (folder / "policy.safetensors").write_bytes(b"nothing")
+    return folder
+
+
+@every_stock_script
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_policies(script, evaluate, refusal, tmp_path):
+    def refused(folder: Path, **flags) -> str:
+        text = refusal(script, checkpoint=str(folder), evaluate=evaluate, **flags)
+        assert text.startswith(f"--checkpoint {folder}:")
+        return text
+
+    refused(tmp_path / "missing")
+    folder = write_policy(script, tmp_path / "other", task="Isaac-Ant-Direct")
+    task = json.loads((write_policy(script, tmp_path / "own") / "policy.json").read_text())["task"]
+    text = refused(folder, task=task)
+    assert "Isaac-Ant-Direct" in text and task in text
+    for content in (json.dumps({"task": task}), "{"):  # of another script; cut short
+        (folder / "policy.json").write_text(content)
+        refused(folder)
+
+
+@every_stock_script
+def test_evaluation_of_nothing(script, refusal):
+    text = refusal(script, evaluate=True)
+    assert text.startswith("--evaluate:") and "--checkpoint" in text
+
+
+@every_stock_script
+def test_tasks_for_several_agents(script, refusal):
+    text = refusal(script, task="Isaac-Pendulum-MARL-Direct")
+    assert text.startswith("--task Isaac-Pendulum-MARL-Direct:") and "single agent" in text
+
+
+@every_stock_script
+def test_action_spaces(script, refusal):
+    text = refusal(script, overrides=("env.action_space={}",))
+    assert text.startswith("--task ") and "Dict()" in text and "MultiDiscrete" in text
+
+
+@every_stock_script
+def test_numbers_and_images(script, refusal):
+    """Each of the two scripts names the other one for a task that observes the other kind."""
+    images = "rgb" in script
+    task, other = ("Isaac-Cartpole-Direct", "ppo_isaac.py") if images else ("Isaac-Cartpole-Camera-Direct", "ppo_isaac_rgb.py")
+    text = refusal(script, task=task)
+    assert text.startswith(f"--task {task}:") and other in text.split()
+
+
+@scripts_with("obs_groups")
+@pytest.mark.parametrize("task, known", [("Isaac-Cartpole-Direct", "policy"), ("Isaac-Lift-Franka", "proprio")])
+def test_observation_groups(script, task, known, refusal):
+    text = refusal(script, task=task, obs_groups=("policy", "privileged"))
+    assert text.startswith("--obs-groups privileged:") and known in text
+
+
+@every_stock_script
+def test_presets(script, refusal):
+    text = refusal(script, overrides=("presets=nonsense",))
+    assert "presets=nonsense" in text and "--overrides" in text
+    text = refusal(script, physics="bullet")
+    assert "physics=bullet" in text and "--physics" in text and "newton_mjwarp" in text
+
+
+@every_stock_script
+def test_assets_that_cannot_be_reached(script, tmp_path):
+    """Isaac Lab reads the setting when it is imported, hence a process; what looks for a file has a say, too."""
+    result = run(script, "--device", "cpu", "--no-track", cwd=tmp_path, ISAACSIM_ASSET_ROOT=str(tmp_path / "empty"))
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("I: ")]
+    assert result.returncode == 1 and len(errors) == 1 and errors[0].startswith("error: --task ")
+    assert f"cannot reach {tmp_path / 'empty'}/" in errors[0] and ".usd" in errors[0] and "ISAACSIM_ASSET_ROOT" in errors[0]
+    assert not (tmp_path / "runs").exists()
+
+
+@scripts_with("instruction")
 @pytest.mark.parametrize("evaluate", [False, True])
 @pytest.mark.parametrize("instruction", ["lift the green cube", "lift the red cube " * 8])
-def test_instructions(script, instruction, evaluate, refusal, tiny_checkpoint):
+def test_instructions(script, instruction, evaluate, refusal):
     """A word that the tokenizer lacks; a prompt that is too long."""
-    text = refusal(script, checkpoint=str(tiny_checkpoint), instruction=instruction, evaluate=evaluate)
+    text = refusal(script, instruction=instruction, evaluate=evaluate)
     assert text.startswith("--instruction") and ("green" in text or "at most 32" in text)
 
 
-@every_script
-def test_unknown_embodiment(script, refusal, tiny_checkpoint):
-    text = refusal(script, checkpoint=str(tiny_checkpoint), embodiment_tag="octopus", evaluate=True)
+@scripts_with("embodiment_tag")
+def test_unknown_embodiment(script, refusal):
+    text = refusal(script, embodiment_tag="octopus", evaluate=True)
     assert "octopus" in text and "embodiment" in text
 
 
-@every_script
-def test_chunk(script, refusal, tiny_checkpoint):
+@scripts_with("chunk")
+def test_chunk(script, refusal):
     for chunk in (5, 16):  # does not divide the episode; is more than the model gives
-        assert refusal(script, checkpoint=str(tiny_checkpoint), chunk=chunk).startswith(f"--chunk {chunk}:")
+        assert refusal(script, chunk=chunk).startswith(f"--chunk {chunk}:")
 
 
-@every_script
-def test_noise_without_a_stochastic_step(script, refusal, tiny_checkpoint):
-    text = refusal(script, checkpoint=str(tiny_checkpoint), noise="flow-cps", denoise_steps=1)
+@scripts_with("noise")
+def test_noise_without_a_stochastic_step(script, refusal):
+    text = refusal(script, noise="flow-cps", denoise_steps=1)
     assert text.startswith("--noise flow-cps:") and "--denoise-steps" in text
 
 
 @every_script
-def test_run_folder(script, refusal, tiny_checkpoint, tmp_path):
-    same = {"checkpoint": str(tiny_checkpoint), "exp_name": "mine"}
+def test_run_folder(script, refusal, tmp_path):
     (tmp_path / "runs").touch()
-    assert refusal(script, **same).startswith("--exp-name mine:")
+    assert refusal(script, exp_name="mine").startswith("--exp-name mine:")
     (tmp_path / "runs").unlink()
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "metrics.jsonl").touch()
-    assert refusal(script, **same).startswith("--exp-name mine:")
+    assert refusal(script, exp_name="mine").startswith("--exp-name mine:")
 
 
-def interrupted_run(script: str, folder: Path, checkpoint: Path, **overrides) -> Path:
+def interrupted_run(script: str, folder: Path, given: dict, **overrides) -> Path:
     """A run folder as `--resume` reads it."""
     module = importlib.import_module(Path(script).stem)
-    args = module.resolve(module.Args(checkpoint=str(checkpoint), device="cpu", exp_name=folder.name, track=False))
+    args = module.resolve(module.Args(**given, exp_name=folder.name))
     content = {**dataclasses.asdict(args), **overrides}
     (folder / "checkpoints" / "step_000001").mkdir(parents=True)
     (folder / "checkpoints" / "step_000001" / "trainer_state.pt").touch()
@@ -368,36 +507,32 @@ def interrupted_run(script: str, folder: Path, checkpoint: Path, **overrides) ->
     return folder
 
 
-@every_script
-def test_resume(script, refusal, tiny_checkpoint, tmp_path):
+@scripts_with("resume")
+def test_resume(script, refusal, basics, tmp_path):
     missing = f"--resume {tmp_path / 'runs'}:"
     assert refusal(script, resume=str(tmp_path / "runs")).startswith(missing)
-    folder = interrupted_run(script, tmp_path / "runs" / "mine", tiny_checkpoint)
+    folder = interrupted_run(script, tmp_path / "runs" / "mine", basics(script))
     text = refusal(script, resume=str(folder), learning_rate=0.5)
     assert text.startswith("--learning-rate 0.5:")
     assert refusal(script, resume=str(folder), num_envs=4096).startswith("--num-envs 4096:")
-    (folder / "args.json").write_text(json.dumps({"args": {"gamma": 1}}))
+    (folder / "args.json").write_text(json.dumps({"args": {"group": 1}}))
     assert refusal(script, resume=str(folder)).startswith(f"--resume {folder}:")
     shutil.rmtree(folder)
-    folder = interrupted_run(script, tmp_path / "runs" / "mine", tiny_checkpoint)
+    folder = interrupted_run(script, tmp_path / "runs" / "mine", basics(script))
     shutil.rmtree(folder / "checkpoints" / "step_000001")
     assert refusal(script, resume=str(folder)).startswith(f"--resume {folder}:")
 
 
-@every_script
-def test_resume_of_a_damaged_checkpoint(script, refusal, tiny_checkpoint, tmp_path):
-    if "resume" not in fields_of(script):
-        pytest.skip(f"{script} has no --resume")
-    folder = interrupted_run(script, tmp_path / "runs" / "mine", tiny_checkpoint)
+@scripts_with("resume")
+def test_resume_of_a_damaged_checkpoint(script, refusal, basics, tmp_path):
+    folder = interrupted_run(script, tmp_path / "runs" / "mine", basics(script))
     assert refusal(script, resume=str(folder)).startswith(f"--resume {folder}:")
 
 
-@every_script
-def test_a_resumed_rank_takes_its_own_gpu(script, tiny_checkpoint, tmp_path, monkeypatch):
-    if "resume" not in fields_of(script):
-        pytest.skip(f"{script} has no --resume")
+@scripts_with("resume")
+def test_a_resumed_rank_takes_its_own_gpu(script, basics, tmp_path, monkeypatch):
     module = importlib.import_module(Path(script).stem)
-    folder = interrupted_run(script, tmp_path / "runs" / "mine", tiny_checkpoint, device="cuda:0")  # rank 0 wrote it
+    folder = interrupted_run(script, tmp_path / "runs" / "mine", basics(script), device="cuda:0")  # rank 0 wrote it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -405,17 +540,11 @@ def test_a_resumed_rank_takes_its_own_gpu(script, tiny_checkpoint, tmp_path, mon
 
 
 @every_script
-def test_defaults_are_accepted(script, tiny_checkpoint, tmp_path, monkeypatch):
+def test_defaults_are_accepted(script, basics):
     """What the tests above refuse is refused for the reason given: without it the run goes on to the simulator."""
-    monkeypatch.chdir(tmp_path)
     module = importlib.import_module(Path(script).stem)
-
-    def make_env(*args, **kwargs):
-        raise AssertionError(SIMULATOR)
-
-    monkeypatch.setattr(module, "make_env", make_env)
     with pytest.raises(AssertionError, match=SIMULATOR):
-        module.main(module.Args(checkpoint=str(tiny_checkpoint), device="cpu", track=False))
+        module.main(module.Args(**basics(script)))
 
 
 def test_message_and_exit_code(tmp_path):
@@ -433,6 +562,6 @@ def test_errors_end_alike(script):
 
 @every_script
 def test_unknown_choice(script, tmp_path):
-    choice = "--noise" if "noise" in fields_of(script) else "--tune"
+    choice = next(flag(name) for name in ("noise", "tune", "schedule") if name in fields_of(script))
     result = run(script, choice, "brown", cwd=tmp_path)
     assert result.returncode == 2 and choice in result.stderr and "Traceback" not in result.stderr
