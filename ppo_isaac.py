@@ -155,7 +155,7 @@ from common import (
     steps_per_second,
     to_host,
 )  # fmt: skip
-from stock_tasks import add_camera, known_task, seeded_generators, task_config
+from stock_tasks import add_camera, known_task, seeded_generators, task_config, task_memory
 
 
 def resolve(args: Args) -> Args:
@@ -236,6 +236,8 @@ class VecEnv:
             limit = args.clip_actions or math.inf
             low, high = (torch.as_tensor(np.ravel(b), device=self.device).clamp(-limit, limit) for b in (space.low, space.high))
             self.bounds = (low, high) if torch.isfinite(torch.cat([low, high])).any() else None
+        self.idle = torch.zeros(self.num_envs, len(choices) or math.prod(space.shape), device=self.device)
+        self.idle = self.idle.long() if choices else self.idle
         obs, critic = self.restart(args.seed, stagger=False)
         separate = tuple(critic.shape[1:]) if critic is not obs else ()
         self.spaces = Spaces(tuple(obs.shape[1:]), separate, 0 if choices else math.prod(space.shape), tuple(choices))
@@ -258,33 +260,55 @@ class VecEnv:
             seed: of starts and randomisation; each rank makes its own of it.
             steps: environment steps so far, for the task's curriculum.
             stagger: episodes have random ages, so that they do not time out together.
-            snapshot: what `snapshot` returned. Memory of the task's own (commands, last actions) starts anew.
+            snapshot: what `snapshot` returned; one step is then taken and left out, see `done`.
         """
         self.base.common_step_counter = steps
-        groups, _ = self.env.reset(seed=int(np.random.SeedSequence((seed, steps, self.ranks.rank)).generate_state(1)[0]))
+        own = int(np.random.SeedSequence((seed, steps, self.ranks.rank)).generate_state(1)[0])
         self.running.zero_()
-        if snapshot:
+        if snapshot is None:  # sensors keep what they saw until a step is made: the same one always
+            self.env.reset(seed=own)
+            self.step(self.idle)
+            groups, _ = self.env.reset(seed=own)
+            if stagger:
+                self.base.episode_length_buf.random_(0, self.horizon)
+            obs, critic = self.read(groups)
+        else:
+            self.recall(snapshot["memory"])  # for the curriculum, which runs at resets
+            self.env.reset(seed=own)
             self.base.scene.reset_to(snapshot["scene"], None, is_relative=True)  # sets targets that PD control would have
             for name, targets in snapshot["targets"].items():
                 for kind, target in targets.items():
                     write = getattr(self.base.scene.articulations[name], f"set_joint_{kind}_target_index")
                     write(target=target.to(self.device))
             self.base.sim.forward()
+            self.recall(snapshot["memory"])
             self.base.episode_length_buf.copy_(snapshot["age"])
             self.running.copy_(snapshot["running"])
-        elif stagger:
-            self.base.episode_length_buf.random_(0, self.horizon)
-        return self.read(groups)
+            obs, critic, _, terminated, truncated, _ = self.step(self.idle)
+            self.done = terminated | truncated
+            self.running *= ~self.done
+        self.base.extras["log"] = {}  # of the episodes before
+        return obs, critic
 
     def snapshot(self) -> dict:
-        """Where the bodies are and how old the episodes: what a checkpoint keeps of the environments."""
+        """Where the bodies are, how old the episodes, what the task remembers: what a checkpoint keeps of the environments."""
         targets = {}
         for name, body in self.base.scene.articulations.items():
             kinds = {"position": body.data.joint_pos_target, "velocity": body.data.joint_vel_target}
             kinds["effort"] = body.data.joint_effort_target
             targets[name] = {kind: x.torch for kind, x in kinds.items()}
-        own = {"age": self.base.episode_length_buf, "running": self.running}
+        memory = {name: getattr(*place) for name, place in task_memory(self.base).items()}
+        own = {"memory": memory, "age": self.base.episode_length_buf, "running": self.running}
         return to_cpu({"scene": self.base.scene.get_state(is_relative=True), "targets": targets, **own})
+
+    def recall(self, memory: dict) -> None:
+        """Puts the task's memory back."""
+        for name, (owner, attribute) in task_memory(self.base).items():
+            value, old = memory[name], getattr(owner, attribute)
+            if isinstance(value, Tensor) and old.shape == value.shape and old.is_contiguous():
+                old.copy_(value)  # others may hold it, too
+            else:
+                setattr(owner, attribute, value.to(self.device, copy=True) if isinstance(value, Tensor) else value)
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Executes (N, C) actions: numbers, which are clipped here and nowhere else, or indices.
@@ -312,7 +336,9 @@ class VecEnv:
 
 
 def to_cpu(tree):
-    return {k: to_cpu(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {name: to_cpu(value) for name, value in tree.items()}
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
 
 
 def flatten(group) -> Tensor:
@@ -546,11 +572,8 @@ class Storage:
         self.states = [zeros(2, N, args.lstm_size) for _ in range(2)] if args.recurrent else None  # actor, critic
         self.after = None  # the actor's state after the rollout
 
-    def begin(self, env: VecEnv, policy: ActorCritic, args: Args, iteration: int, carried: dict | None) -> None:
-        """Starts the environments, or goes on where a checkpoint left them: a run and its continuation do so alike.
-
-        The step after a checkpoint is not learned from: a task may hold on to values of the step before.
-        """
+    def begin(self, env: VecEnv, args: Args, iteration: int, carried: dict | None) -> None:
+        """Starts the environments, or goes on where a checkpoint left them: a run and its continuation do so alike."""
         steps = iteration * args.num_steps
         obs, critic = env.restart(args.seed, steps, args.stagger, carried and carried["env"])
         starts, self.returns = torch.ones_like(self.starts[-1]), torch.zeros_like(self.returns)
@@ -558,10 +581,7 @@ class Storage:
             starts = carried["starts"].to(starts.device)
             self.returns, self.states = carried["returns"].to(starts.device), carried["states"]
             self.states = self.states and [x.to(starts.device) for x in self.states.values()]
-            action, _, _ = policy.act(obs, None, self.states and self.states[0], starts)
-            obs, critic, _, terminated, truncated, _ = env.step(action)
-            starts = starts | terminated | truncated
-            env.running *= ~starts
+            starts = starts | env.done
         self.obs[-1], self.critic[-1], self.starts[-1] = obs, critic, starts
 
     def carry(self, env: VecEnv) -> dict:
@@ -764,7 +784,7 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
         policy.critic.compile()
     for iteration in range(run["iteration"], args.iterations):
         if carried or iteration == 0:
-            store.begin(env, policy, args, iteration, carried)
+            store.begin(env, args, iteration, carried)
             carried = None
         if args.schedule != "adaptive":
             rate.fill_(args.learning_rate * (1 - iteration / args.iterations if args.schedule == "linear" else 1))

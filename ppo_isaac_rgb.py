@@ -323,7 +323,9 @@ class VecEnv:
 
 # Copied from ppo_isaac.py:to_cpu
 def to_cpu(tree):
-    return {k: to_cpu(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {name: to_cpu(value) for name, value in tree.items()}
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
 
 
 def colour_camera(task: str, cfg) -> tuple[str, str]:

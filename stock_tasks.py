@@ -161,18 +161,49 @@ def seeded_generators(seed: int):
         yield
 
 
+def task_memory(env: Any) -> dict[str, tuple[Any, str]]:
+    """Where a task's terms keep tensors and numbers, beyond a step or an episode: name -> (object, attribute).
+
+    Such are commands, difficulties, success rates and banks of starts. Tasks without managers have none that is known.
+    """
+    from isaaclab.managers import ManagerTermBase
+
+    places = {}
+    for kind in ("command", "event", "curriculum", "reward", "termination"):
+        manager = getattr(env, f"{kind}_manager", None)
+        names = getattr(manager, "active_terms", [])
+        names = [name for mode in names.values() for name in mode] if isinstance(names, dict) else names
+        for name in dict.fromkeys(names):
+            if kind == "command":
+                term = manager.get_term(name)
+            else:  # curricula have no getter
+                term = (getattr(manager.cfg, name) if kind == "curriculum" else manager.get_term_cfg(name)).func
+            if not isinstance(term, ManagerTermBase):
+                continue
+            inner = {f".{key}": x for key, x in vars(term).items() if type(x).__module__.startswith("isaaclab_tasks")}
+            for part, owner in {"": term, **inner}.items():
+                for attribute, value in vars(owner).items():
+                    if isinstance(value, torch.Tensor | bool | int | float):
+                        places[f"{kind}.{name}{part}.{attribute}"] = (owner, attribute)
+    return places
+
+
 def add_camera(cfg) -> None:
     """A camera in every environment that looks the way the task's viewer does, from within the environment."""
     import isaaclab.sim as sim_utils
+    from isaaclab.assets import ArticulationCfg
     from isaaclab.sensors import CameraCfg
     from isaaclab.utils.math import create_rotation_matrix_from_view, quat_from_matrix
     from isaaclab_tasks.utils.presets import MultiBackendRendererCfg
 
     eye, at = torch.tensor([cfg.viewer.eye]).float(), torch.tensor([cfg.viewer.lookat]).float()
+    robot = next((x for x in vars(cfg.scene).values() if isinstance(x, ArticulationCfg)), None)
+    if robot is not None:
+        eye, at = eye - at + torch.tensor([robot.init_state.pos]), torch.tensor([robot.init_state.pos])
     eye = at + (eye - at) / (eye - at).norm() * 0.8 * max(cfg.scene.env_spacing, 2.0)
     rotation = quat_from_matrix(create_rotation_matrix_from_view(eye, at, "Z"))[0].tolist()
     cfg.scene.video_camera = CameraCfg(
         prim_path="{ENV_REGEX_NS}/video_camera", height=128, width=128, data_types=["rgb"],
-        renderer_cfg=MultiBackendRendererCfg(), spawn=sim_utils.PinholeCameraCfg(clipping_range=(0.05, 50.0)),
+        renderer_cfg=MultiBackendRendererCfg().default, spawn=sim_utils.PinholeCameraCfg(clipping_range=(0.05, 50.0)),
         offset=CameraCfg.OffsetCfg(pos=eye[0].tolist(), rot=rotation, convention="opengl"),
     )  # fmt: skip
