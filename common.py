@@ -408,6 +408,9 @@ FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("rollout/success", "success", lambda x: f"{x:.3f}"),
     ("eval/ode_success", "eval", lambda x: f"{x:.3f}"),
     ("rollout/return", "return", lambda x: f"{x:.4g}"),
+    ("rollout/length", "length", lambda x: f"{x:.0f}"),
+    ("eval/return", "eval", lambda x: f"{x:.4g}"),
+    ("update/kl", "KL", lambda x: f"{x:.2g}"),
     ("update/kl_base", "KL", lambda x: f"{x:.2g}"),
     ("update/clip_frac", "clip", lambda x: f"{x:.3f}"),
     ("update/loss", "loss", lambda x: f"{x:.3g}"),
@@ -416,7 +419,10 @@ FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 # title of a panel of curves.png, and the metric keys drawn in it; a panel without data is left out
 PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("success", {"rollout/success": "rollout (SDE)", "eval/ode_success": "eval (ODE)"}),
-    ("return", {"rollout/return": "rollout"}),
+    ("return", {"rollout/return": "exploring policy", "eval/return": "deterministic policy"}),
+    ("KL of an update", {"update/kl": "KL"}),
+    ("learning rate", {"update/learning_rate": "learning rate"}),
+    ("explained variance of the value", {"update/explained_variance": "explained variance"}),
     ("KL to base", {"update/kl_base": "KL"}),
     ("clip fraction", {"update/clip_frac": "clip"}),
     ("groups without variance", {"rollout/zero_variance_share": "share"}),

@@ -155,7 +155,7 @@ def resolve(args: Args) -> Args:
         try:
             saved = json.loads((Path(args.checkpoint) / "policy.json").read_text())
             network = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in NETWORK}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"--checkpoint {args.checkpoint}: no policy of this script there ({error!r})") from error
     args.task = known_task(args.task or saved.get("task", "Isaac-Cartpole-Camera-Direct"))
     if saved and saved["task"] != args.task:
@@ -261,6 +261,7 @@ class VecEnv:
             self.stack, self.noops = snapshot["stack"].to(self.device), snapshot["noops"].to(self.device)
         elif stagger:
             self.base.episode_length_buf.random_(0, self.horizon)
+        self.base.extras["log"] = {}  # of the episodes before
         return self.stack
 
     def snapshot(self) -> dict:
@@ -633,7 +634,7 @@ def update(policy: ActorCritic, optimizer, batch: Batch, plan: list, args: Args,
                 first = (ratio.detach() - 1).abs().max() if ratio.numel() else stopped
             elif args.schedule == "adaptive":
                 kl = ranks.reduce(sums[4].clone())
-                rate.mul_(factors.take(torch.bucketize(kl, edges))).clamp_(1e-5, 1e-2)
+                rate.mul_(factors.take(torch.bucketize(kl, edges)) ** (1 - stopped)).clamp_(1e-5, 1e-2)
             if args.stop_kl:
                 optimizer.found_inf = stopped  # a step that Adam leaves out, without asking the device
             optimizer.step()
@@ -711,10 +712,12 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
         run["elapsed"] = time.time() - begin
         logger.log(iteration, metrics | {"time/elapsed": run["elapsed"]})
         latest = metrics.get("eval/return", metrics.get("rollout/return", latest))
+        by_test = args.eval_every and args.eval_episodes  # else by the latest rollout
+        score = metrics.get("eval/return" if by_test else "rollout/return", -math.inf)
+        if (test if by_test else save) and score > run["best"]:
+            run["best"] = score
+            save_checkpoint(args, policy, None, run, "best", logger)
         if save:
-            if latest is not None and latest > run["best"]:
-                run["best"] = latest
-                save_checkpoint(args, policy, None, run, "best", logger)
             everywhere = run | {"carried": ranks.gather(carried)}
             save_checkpoint(args, policy, optimizer, everywhere, f"step_{iteration + 1:06d}", logger)
             logger.curve_png()

@@ -138,9 +138,11 @@ class Recorder(gym.Wrapper):
             self.lengths = torch.zeros(self.N, dtype=torch.float64, device=like.device)
 
     def reset(self, **kwargs):
-        """A full reset ends running episodes without counting them."""
+        """A full reset ends running episodes without counting them; before the first row, everything begins anew."""
         out = self.env.reset(**kwargs)
         if self.rewards is not None:
+            if not self.rows:
+                self.t, self.env_seconds, self.start = 0, 0.0, None
             if self.t or kwargs.get("env_ids") is not None:
                 raise RuntimeError("Recorder: reset in the middle of a rollout, or of some environments only")
             self.returns.zero_()

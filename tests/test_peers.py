@@ -120,9 +120,21 @@ def test_recorder_forgets_running_episodes_at_a_reset():
 
 def test_recorder_refuses_a_reset_inside_a_rollout():
     env = peers.Recorder(Fake(Clock()), 3, print)
-    env.step(None)
+    for _ in range(4):
+        env.step(None)
     with pytest.raises(RuntimeError, match="middle of a rollout"):
         env.reset()
+
+
+def test_recorder_begins_anew_at_a_reset_before_its_first_row():
+    clock, rows = Clock(), []
+    env = peers.Recorder(Fake(clock), 3, rows.append, clock=clock)
+    env.step(None)
+    clock.now += 100
+    env.reset()
+    for _ in range(3):
+        env.step(None)
+    assert [row["env_steps"] for row in rows] == [6] and rows[0]["wall"] < 100
 
 
 # ---------------------------------------------------------------- curves
