@@ -155,7 +155,18 @@ from common import (
     steps_per_second,
     to_host,
 )  # fmt: skip
-from stock_tasks import add_camera, known_task, seeded_generators, task_config, task_memory
+from stock_tasks import (
+    add_camera,
+    flatten,
+    known_task,
+    recall,
+    restore,
+    seeded_generators,
+    snapshot,
+    task_config,
+    task_metrics,
+    to_cpu,
+)
 
 
 def resolve(args: Args) -> Args:
@@ -253,19 +264,19 @@ class VecEnv:
         own = self.args.critic_groups or (("critic",) if "critic" in groups else ())
         return obs, flatten([groups[name] for name in own]) if own else obs
 
-    def restart(self, seed: int, steps: int = 0, stagger: bool = True, snapshot: dict | None = None) -> tuple[Tensor, Tensor]:
-        """Starts one episode everywhere, or goes on from a snapshot; the rest depends on arguments and actions alone.
+    def restart(self, seed: int, steps: int = 0, stagger: bool = True, saved: dict | None = None) -> tuple[Tensor, Tensor]:
+        """Starts one episode everywhere, or goes on from a saved state; the rest depends on arguments and actions alone.
 
         Args:
             seed: of starts and randomisation; each rank makes its own of it.
             steps: environment steps so far, for the task's curriculum.
             stagger: episodes have random ages, so that they do not time out together.
-            snapshot: what `snapshot` returned; one step is then taken and left out, see `done`.
+            saved: "task" (a snapshot) and "running" to go on from; one step is then taken and left out, see `done`.
         """
         self.base.common_step_counter = steps
         own = int(np.random.SeedSequence((seed, steps, self.ranks.rank)).generate_state(1)[0])
         self.running.zero_()
-        if snapshot is None:  # sensors keep what they saw until a step is made: the same one always
+        if saved is None:  # sensors keep what they saw until a step is made: the same one always
             self.env.reset(seed=own)
             self.step(self.idle)
             groups, _ = self.env.reset(seed=own)
@@ -273,42 +284,15 @@ class VecEnv:
                 self.base.episode_length_buf.random_(0, self.horizon)
             obs, critic = self.read(groups)
         else:
-            self.recall(snapshot["memory"])  # for the curriculum, which runs at resets
+            recall(self.base, saved["task"]["memory"])  # for the curriculum, which runs at resets
             self.env.reset(seed=own)
-            self.base.scene.reset_to(snapshot["scene"], None, is_relative=True)  # sets targets that PD control would have
-            for name, targets in snapshot["targets"].items():
-                for kind, target in targets.items():
-                    write = getattr(self.base.scene.articulations[name], f"set_joint_{kind}_target_index")
-                    write(target=target.to(self.device))
-            self.base.sim.forward()
-            self.recall(snapshot["memory"])
-            self.base.episode_length_buf.copy_(snapshot["age"])
-            self.running.copy_(snapshot["running"])
+            restore(self.base, saved["task"])
+            self.running.copy_(saved["running"])
             obs, critic, _, terminated, truncated, _ = self.step(self.idle)
             self.done = terminated | truncated
             self.running *= ~self.done
         self.base.extras["log"] = {}  # of the episodes before
         return obs, critic
-
-    def snapshot(self) -> dict:
-        """Where the bodies are, how old the episodes, what the task remembers: what a checkpoint keeps of the environments."""
-        targets = {}
-        for name, body in self.base.scene.articulations.items():
-            kinds = {"position": body.data.joint_pos_target, "velocity": body.data.joint_vel_target}
-            kinds["effort"] = body.data.joint_effort_target
-            targets[name] = {kind: x.torch for kind, x in kinds.items()}
-        memory = {name: getattr(*place) for name, place in task_memory(self.base).items()}
-        own = {"memory": memory, "age": self.base.episode_length_buf, "running": self.running}
-        return to_cpu({"scene": self.base.scene.get_state(is_relative=True), "targets": targets, **own})
-
-    def recall(self, memory: dict) -> None:
-        """Puts the task's memory back."""
-        for name, (owner, attribute) in task_memory(self.base).items():
-            value, old = memory[name], getattr(owner, attribute)
-            if isinstance(value, Tensor) and old.shape == value.shape and old.is_contiguous():
-                old.copy_(value)  # others may hold it, too
-            else:
-                setattr(owner, attribute, value.to(self.device, copy=True) if isinstance(value, Tensor) else value)
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Executes (N, C) actions: numbers, which are clipped here and nowhere else, or indices.
@@ -333,19 +317,6 @@ class VecEnv:
         sums = (both * ending).sum((1, 2)) + (self.running * ending[0]).sum(1)
         self.running = self.running * ~ending[0] + (both * ~ending).sum(1)
         return torch.cat([sums, done.sum()[None]])
-
-
-def to_cpu(tree):
-    if isinstance(tree, dict):
-        return {name: to_cpu(value) for name, value in tree.items()}
-    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
-
-
-def flatten(group) -> Tensor:
-    """(N, d) from an observation group: a tensor, or terms in a dict or a tuple."""
-    if isinstance(group, dict | tuple | list):
-        return torch.cat([flatten(term) for term in (group.values() if isinstance(group, dict) else group)], 1)
-    return group.reshape(len(group), -1).float()
 
 
 @contextlib.contextmanager
@@ -575,7 +546,7 @@ class Storage:
     def begin(self, env: VecEnv, args: Args, iteration: int, carried: dict | None) -> None:
         """Starts the environments, or goes on where a checkpoint left them: a run and its continuation do so alike."""
         steps = iteration * args.num_steps
-        obs, critic = env.restart(args.seed, steps, args.stagger, carried and carried["env"])
+        obs, critic = env.restart(args.seed, steps, args.stagger, carried)
         starts, self.returns = torch.ones_like(self.starts[-1]), torch.zeros_like(self.returns)
         if carried:
             starts = carried["starts"].to(starts.device)
@@ -587,7 +558,8 @@ class Storage:
     def carry(self, env: VecEnv) -> dict:
         """What `begin` goes on from."""
         states = dict(zip("ac", self.states)) if self.states else {}
-        return {"env": env.snapshot()} | to_cpu({"starts": self.starts[-1], "returns": self.returns, "states": states})
+        own = {"running": env.running, "starts": self.starts[-1], "returns": self.returns, "states": states}
+        return {"task": snapshot(env.base)} | to_cpu(own)
 
 
 @torch.no_grad()
@@ -796,7 +768,7 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
                 policy.obs_norm.update(store.obs[:-1], ranks)
                 if env.spaces.critic:
                     policy.critic_norm.update(store.critic[:-1], ranks)
-            metrics = describe_iteration(batch, policy, rate, figures, args, ranks) | task_metrics(env)
+            metrics = describe_iteration(batch, policy, rate, figures, args, ranks) | task_metrics(env.base)
         check_finite(metrics, iteration, logger, tolerance=0.05 if args.mixed_precision else 1e-3)
         seconds = timer.seconds()
         run["iteration"] = iteration + 1
@@ -862,13 +834,6 @@ def describe_iteration(batch: Batch, policy: ActorCritic, rate: Tensor, figures:
     metrics["update/explained_variance"] = 1 - host["residual"] / max(host["variance"], 1e-12)
     metrics |= {"rollout/reward": host["reward"], "rollout/value": host["value"], "rollout/episodes": episodes}
     return metrics | ({"rollout/return": total / episodes, "rollout/length": length / episodes} if episodes else {})
-
-
-def task_metrics(env: VecEnv) -> dict[str, float]:
-    """What the task itself logs at resets (reward terms, success, ...), as of the latest one."""
-    log = {f"task/{name}": torch.as_tensor(x, device=env.device) for name, x in env.base.extras.get("log", {}).items()}
-    log = {name: x.detach().float().reshape(()) for name, x in log.items() if x.numel() == 1}
-    return dict(zip(log, torch.stack([*log.values()]).tolist())) if log else {}
 
 
 # ======== evaluate ====================================================================================================

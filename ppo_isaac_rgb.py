@@ -136,7 +136,7 @@ from common import (
     steps_per_second,
     to_host,
 )  # fmt: skip
-from stock_tasks import known_task, seeded_generators, task_config
+from stock_tasks import known_task, restore, seeded_generators, snapshot, task_config, task_metrics, to_cpu
 
 
 def resolve(args: Args) -> Args:
@@ -219,6 +219,8 @@ class VecEnv:
             limit = args.clip_actions or math.inf
             low, high = (torch.as_tensor(np.ravel(b), device=self.device).clamp(-limit, limit) for b in (space.low, space.high))
             self.bounds = (low, high) if torch.isfinite(torch.cat([low, high])).any() else None
+        self.idle = torch.zeros(self.num_envs, len(choices) or math.prod(space.shape), device=self.device)
+        self.idle = self.idle.long() if choices else self.idle
         name, self.kind = colour_camera(args.task, cfg)
         self.camera, self.hidden, self.base._get_observations = self.base.scene.sensors[name], False, self.look
         self.noops = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)  # zero actions still to come
@@ -235,44 +237,34 @@ class VecEnv:
             return {}
         return {"policy": grey(self.image())}
 
-    def restart(self, seed: int, steps: int = 0, stagger: bool = True, snapshot: dict | None = None) -> Tensor:
-        """Starts one episode everywhere, or goes on from a snapshot; the rest depends on arguments and actions alone.
+    def restart(self, seed: int, steps: int = 0, stagger: bool = True, saved: dict | None = None) -> Tensor:
+        """Starts one episode everywhere, or goes on from a saved state; the rest depends on arguments and actions alone.
 
         Args:
             seed: of starts and randomisation; each rank makes its own of it.
             steps: environment steps so far, for the task's curriculum.
             stagger: episodes have random ages, so that they do not time out together.
-            snapshot: what `snapshot` returned. Memory of the task's own (commands, last actions) starts anew.
+            saved: what `state` returned; one step is then taken and left out.
         """
         self.base.common_step_counter = steps
         groups, _ = self.env.reset(seed=int(np.random.SeedSequence((seed, steps, self.ranks.rank)).generate_state(1)[0]))
         self.running.zero_()
         self.stack = groups["policy"][:, None].repeat(1, STACK, 1, 1)  # (N, 4, 84, 84)
         self.noops = self.draw_noops()
-        if snapshot:
-            self.base.scene.reset_to(snapshot["scene"], None, is_relative=True)  # sets targets that PD control would have
-            for name, targets in snapshot["targets"].items():
-                for kind, target in targets.items():
-                    write = getattr(self.base.scene.articulations[name], f"set_joint_{kind}_target_index")
-                    write(target=target.to(self.device))
-            self.base.sim.forward()
-            self.base.episode_length_buf.copy_(snapshot["age"])
-            self.running.copy_(snapshot["running"])
-            self.stack, self.noops = snapshot["stack"].to(self.device), snapshot["noops"].to(self.device)
+        if saved:
+            restore(self.base, saved["task"])
+            self.running.copy_(saved["running"])
+            self.stack, self.noops = saved["stack"].to(self.device), saved["noops"].to(self.device)
+            _, _, terminated, truncated, _ = self.step(self.idle)
+            self.running *= ~(terminated | truncated)
         elif stagger:
             self.base.episode_length_buf.random_(0, self.horizon)
         self.base.extras["log"] = {}  # of the episodes before
         return self.stack
 
-    def snapshot(self) -> dict:
-        """Where the bodies are and how old the episodes: what a checkpoint keeps of the environments."""
-        targets = {}
-        for name, body in self.base.scene.articulations.items():
-            kinds = {"position": body.data.joint_pos_target, "velocity": body.data.joint_vel_target}
-            kinds["effort"] = body.data.joint_effort_target
-            targets[name] = {kind: x.torch for kind, x in kinds.items()}
-        own = {"age": self.base.episode_length_buf, "running": self.running, "stack": self.stack, "noops": self.noops}
-        return to_cpu({"scene": self.base.scene.get_state(is_relative=True), "targets": targets, **own})
+    def state(self) -> dict:
+        """What `restart` goes on from."""
+        return {"task": snapshot(self.base)} | to_cpu({"running": self.running, "stack": self.stack, "noops": self.noops})
 
     def draw_noops(self) -> Tensor:
         """(N,) how many steps a new episode ignores the policy: part of the task, so all samples are on-policy."""
@@ -320,13 +312,6 @@ class VecEnv:
         sums = (both * ending).sum((1, 2)) + (self.running * ending[0]).sum(1)
         self.running = self.running * ~ending[0] + (both * ~ending).sum(1)
         return torch.cat([sums, done.sum()[None]])
-
-
-# Copied from ppo_isaac.py:to_cpu
-def to_cpu(tree):
-    if isinstance(tree, dict):
-        return {name: to_cpu(value) for name, value in tree.items()}
-    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
 
 
 def colour_camera(task: str, cfg) -> tuple[str, str]:
@@ -509,16 +494,9 @@ class Storage:
         self.reward, self.value = zeros(T, N), zeros(T, N)
         self.terminated, self.truncated = zeros(T, N, dtype=torch.bool), zeros(T, N, dtype=torch.bool)
 
-    def begin(self, env: VecEnv, policy: ActorCritic, args: Args, iteration: int, carried: dict | None) -> None:
-        """Starts the environments, or goes on where a checkpoint left them: a run and its continuation do so alike.
-
-        The step after a checkpoint is not learned from: a task may hold on to values of the step before.
-        """
-        obs = env.restart(args.seed, iteration * args.num_steps, args.stagger, carried)
-        if carried:
-            action, _, _ = policy.act(obs, None)
-            _, _, terminated, truncated, _ = env.step(action)
-            env.running *= ~(terminated | truncated)
+    def begin(self, env: VecEnv, args: Args, iteration: int, carried: dict | None) -> None:
+        """Starts the environments, or goes on where a checkpoint left them: a run and its continuation do so alike."""
+        env.restart(args.seed, iteration * args.num_steps, args.stagger, carried)
 
 
 @torch.no_grad()
@@ -684,7 +662,7 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
         policy.network.compile()
     for iteration in range(run["iteration"], args.iterations):
         if carried or iteration == 0:
-            store.begin(env, policy, args, iteration, carried)
+            store.begin(env, args, iteration, carried)
             carried = None
         if args.schedule != "adaptive":
             rate.fill_(args.learning_rate * (1 - iteration / args.iterations if args.schedule == "linear" else 1))
@@ -692,7 +670,7 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
         with timer("update"):
             batch = make_batch(env, policy, store, args, ranks)
             figures = update(policy, optimizer, batch, plan_minibatches(args, iteration, ranks), args, ranks)
-            metrics = describe_iteration(batch, policy, rate, figures, args, ranks) | task_metrics(env)
+            metrics = describe_iteration(batch, policy, rate, figures, args, ranks) | task_metrics(env.base)
         check_finite(metrics, iteration, logger, tolerance=0.05 if args.mixed_precision else 1e-3)
         seconds = timer.seconds()
         run["iteration"] = iteration + 1
@@ -705,7 +683,7 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
         last = iteration + 1 == args.iterations
         save, test = (last or (every > 0 and (iteration + 1) % every == 0) for every in (args.save_every, args.eval_every))
         if save or test:
-            carried = env.snapshot()
+            carried = env.state()
         if test and args.eval_episodes:
             result = evaluate(args, env, policy, ranks)
             metrics |= {"eval/return": result["mean"], "eval/length": result["length"]}
@@ -759,14 +737,6 @@ def describe_iteration(batch: Batch, policy: ActorCritic, rate: Tensor, figures:
     metrics["update/explained_variance"] = 1 - host["residual"] / max(host["variance"], 1e-12)
     metrics |= {"rollout/reward": host["reward"], "rollout/value": host["value"], "rollout/episodes": episodes}
     return metrics | ({"rollout/return": total / episodes, "rollout/length": length / episodes} if episodes else {})
-
-
-# Copied from ppo_isaac.py:task_metrics
-def task_metrics(env: VecEnv) -> dict[str, float]:
-    """What the task itself logs at resets (reward terms, success, ...), as of the latest one."""
-    log = {f"task/{name}": torch.as_tensor(x, device=env.device) for name, x in env.base.extras.get("log", {}).items()}
-    log = {name: x.detach().float().reshape(()) for name, x in log.items() if x.numel() == 1}
-    return dict(zip(log, torch.stack([*log.values()]).tolist())) if log else {}
 
 
 # ======== evaluate ====================================================================================================

@@ -188,6 +188,59 @@ def task_memory(env: Any) -> dict[str, tuple[Any, str]]:
     return places
 
 
+def recall(env: Any, memory: dict[str, Any]) -> None:
+    """Puts back what `task_memory` finds."""
+    for name, (owner, attribute) in task_memory(env).items():
+        value, old = memory[name], getattr(owner, attribute)
+        if isinstance(value, torch.Tensor) and old.shape == value.shape and old.is_contiguous():
+            old.copy_(value)  # others may hold it, too
+        else:
+            setattr(owner, attribute, value.to(env.device, copy=True) if isinstance(value, torch.Tensor) else value)
+
+
+def snapshot(env: Any) -> dict[str, Any]:
+    """Where the bodies are, what their joints aim at, how old the episodes are and what the task remembers; on the CPU."""
+    targets = {}
+    for name, body in env.scene.articulations.items():
+        kinds = {"position": body.data.joint_pos_target, "velocity": body.data.joint_vel_target}
+        targets[name] = {kind: x.torch for kind, x in (kinds | {"effort": body.data.joint_effort_target}).items()}
+    memory = {name: getattr(*place) for name, place in task_memory(env).items()}
+    scene = env.scene.get_state(is_relative=True)
+    return to_cpu({"scene": scene, "targets": targets, "memory": memory, "age": env.episode_length_buf})
+
+
+def restore(env: Any, saved: dict[str, Any]) -> None:
+    """Puts a snapshot back, right after a reset. Sensors follow at the next step."""
+    env.scene.reset_to(saved["scene"], None, is_relative=True)  # sets targets that PD control would have
+    for name, targets in saved["targets"].items():
+        for kind, target in targets.items():
+            getattr(env.scene.articulations[name], f"set_joint_{kind}_target_index")(target=target.to(env.device))
+    env.sim.forward()
+    recall(env, saved["memory"])
+    env.episode_length_buf.copy_(saved["age"])
+
+
+def to_cpu(tree: Any) -> Any:
+    """A copy of all tensors in nested dicts."""
+    if isinstance(tree, dict):
+        return {name: to_cpu(value) for name, value in tree.items()}
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, torch.Tensor) else tree
+
+
+def flatten(group: Any) -> torch.Tensor:
+    """(N, d) from an observation group: a tensor, or terms in a dict or a tuple."""
+    if isinstance(group, dict | tuple | list):
+        return torch.cat([flatten(term) for term in (group.values() if isinstance(group, dict) else group)], 1)
+    return group.reshape(len(group), -1).float()
+
+
+def task_metrics(env: Any) -> dict[str, float]:
+    """What the task itself logs at resets (reward terms, success, ...), as of the latest one."""
+    log = {f"task/{name}": torch.as_tensor(x, device=env.device) for name, x in env.extras.get("log", {}).items()}
+    log = {name: x.detach().float().reshape(()) for name, x in log.items() if x.numel() == 1}
+    return dict(zip(log, torch.stack([*log.values()]).tolist())) if log else {}
+
+
 def add_camera(cfg) -> None:
     """A camera in every environment that looks the way the task's viewer does, from within the environment."""
     import isaaclab.sim as sim_utils

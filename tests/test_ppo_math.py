@@ -55,12 +55,12 @@ class Points:
     def __init__(self, n: int, space: gym.Space, critic: bool):
         self.num_envs, self.single_action_space, self.critic, self.unwrapped = n, space, critic, self
         self.episode_length_buf, self.extras = torch.zeros(n, dtype=torch.long), {}
-        self.received, self.seen, self.ends = [], [], []  # actions, observations, (return, length) of episodes
 
     def observe(self) -> dict[str, Tensor]:
         return {"policy": self.x.clone()} | ({"critic": torch.cat([self.x, self.x**2], 1)} if self.critic else {})
 
     def reset(self, seed: int):
+        self.received, self.seen, self.ends = [], [], []  # actions, observations, (return, length) of episodes
         self.generator = torch.Generator().manual_seed(seed)
         self.x, self.totals = torch.rand(self.num_envs, 3, generator=self.generator) * 2 - 1, torch.zeros(self.num_envs, 2)
         self.episode_length_buf.zero_()
@@ -115,7 +115,7 @@ class Run:
         torch.manual_seed(self.args.seed)
         self.policy = perturb(ActorCritic(self.env.spaces, self.args), 0.3)
         self.store, self.iteration, self.points = Storage(self.args, self.env), 0, points
-        self.store.begin(self.env, self.policy, self.args, 0, None)
+        self.store.begin(self.env, self.args, 0, None)
         for _ in range(rollouts):
             self.collect()
 
@@ -176,7 +176,7 @@ def test_rollouts_go_on_across_episode_ends_and_into_the_next_rollout(kind):  # 
     for i in range(3):
         run.collect()
         finished, ends = finished + run.batch.figures["finished"], ends + run.store.starts[1:].sum()
-        seen = run.points.seen[1 + i * T : 2 + (i + 1) * T]  # the first is that of the constructor
+        seen = run.points.seen[i * T : 1 + (i + 1) * T]
         assert torch.equal(run.store.obs, torch.stack([groups["policy"] for groups in seen]))
         assert torch.equal(run.store.critic, torch.stack([groups.get("critic", groups["policy"]) for groups in seen]))
         assert torch.equal(run.store.starts[1:], run.store.terminated | run.store.truncated)
@@ -279,7 +279,7 @@ def trained(monkeypatch, **overrides) -> tuple[Run, list[dict], list[dict]]:
 
     monkeypatch.setattr(ppo_isaac, "update", spy)
     monkeypatch.setattr(ppo_isaac, "save_checkpoint", lambda *args: None)
-    monkeypatch.setattr(VecEnv, "snapshot", lambda env: {})
+    monkeypatch.setattr(ppo_isaac, "snapshot", lambda env: {})
     ppo_isaac.train(run.args, run.env, run.policy, log, ALONE, None)
     return run, log.rows, seen
 

@@ -127,7 +127,7 @@ def make(space: gym.Space = BOX, finite: bool = False, **overrides):
     with torch.no_grad():
         for layer in (policy.actor, policy.critic):
             layer.weight.normal_(generator=torch.Generator().manual_seed(5), std=0.1)
-    store.begin(env, policy, args, 0, None)
+    store.begin(env, args, 0, None)
     return args, env, policy, store
 
 
@@ -419,10 +419,11 @@ def test_the_camera_shows_the_present_and_the_last_moment_before_a_reset(tmp_pat
             assert final is None and not (terminated | truncated).any()
             assert torch.equal(obs[:, :3], before[:, 1:]) and torch.equal(obs[:, 3], rendered())
         assert (obs[:, 3] != obs[:, 2]).flatten(1).any(1).all()  # it moves
-        saved = env.snapshot()
-        _, _, _, _, _ = env.step(moving)
+        saved = env.state()
+        env.step(env.idle)
+        env.step(moving)
         unbroken = env.stack
-        env.restart(77, snapshot=saved)
+        env.restart(77, saved=saved)  # makes the idle step
         env.base.episode_length_buf[1] = 10_000  # it alone times out
         again, _, _, truncated, final = env.step(moving)
         assert truncated.tolist() == [False, True, False, False]
