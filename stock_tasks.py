@@ -171,20 +171,20 @@ def task_memory(env: Any) -> dict[str, tuple[Any, str]]:
     places = {}
     for kind in ("command", "event", "curriculum", "reward", "termination"):
         manager = getattr(env, f"{kind}_manager", None)
-        names = getattr(manager, "active_terms", [])
+        owners, names = {"": manager} if manager else {}, getattr(manager, "active_terms", [])
         names = [name for mode in names.values() for name in mode] if isinstance(names, dict) else names
         for name in dict.fromkeys(names):
             if kind == "command":
                 term = manager.get_term(name)
             else:  # curricula have no getter
                 term = (getattr(manager.cfg, name) if kind == "curriculum" else manager.get_term_cfg(name)).func
-            if not isinstance(term, ManagerTermBase):
-                continue
-            inner = {f".{key}": x for key, x in vars(term).items() if type(x).__module__.startswith("isaaclab_tasks")}
-            for part, owner in {"": term, **inner}.items():
-                for attribute, value in vars(owner).items():
-                    if isinstance(value, torch.Tensor | bool | int | float):
-                        places[f"{kind}.{name}{part}.{attribute}"] = (owner, attribute)
+            if isinstance(term, ManagerTermBase):
+                own = ((key, x) for key, x in vars(term).items() if type(x).__module__.startswith("isaaclab_tasks"))
+                owners |= {f".{name}": term} | {f".{name}.{key}": x for key, x in own}
+        for path, owner in owners.items():
+            for attribute, value in vars(owner).items():
+                if isinstance(value, torch.Tensor | bool | int | float):
+                    places[f"{kind}{path}.{attribute}"] = (owner, attribute)
     return places
 
 
