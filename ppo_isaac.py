@@ -12,7 +12,7 @@ ppo_continuous_action.py, the reference of that article:
 - Values and log-probabilities are computed after the rollout, all steps in one pass; the rollout runs the actor alone.
 - The learning rate follows the KL of the policy, as Isaac Lab's recipes do; `--schedule linear` anneals it.
 - The critic sees the task's critic observations where it has some.
-- A checkpoint is a point at which all environments start anew from a seed: a resumed run equals an uninterrupted one.
+- At a checkpoint a run itself goes on from what the checkpoint holds: a resumed run equals an uninterrupted one.
 - Neither rollout nor update waits for the device: the learning rate and the target-KL stop live there, too.
 """
 
@@ -692,10 +692,11 @@ def update(policy: ActorCritic, optimizer, batch: Batch, plan: list, args: Args,
     for parts in plan:
         own, lengths = [index for index, _ in parts], [len(index) for index, _ in parts]
         order, dim = torch.cat(own), 1 if args.recurrent else 0
-        kinds = dict.fromkeys((batch.obs, batch.rest, batch.critic))  # critic may be obs
-        shuffled = {x: x.index_select(dim, order).split(lengths, dim) for x in kinds}
-        for k, (_, size) in enumerate(parts):
-            obs, critic, rest = (shuffled[x][k] for x in (batch.obs, batch.critic, batch.rest))
+        all_obs, all_rest = (x.index_select(dim, order).split(lengths, dim) for x in (batch.obs, batch.rest))
+        shared = batch.critic is batch.obs
+        all_critic = all_obs if shared else batch.critic.index_select(dim, order).split(lengths, dim)
+        for k, (obs, critic, rest) in enumerate(zip(all_obs, all_critic, all_rest)):
+            size = parts[k][1]
             if args.normalize_advantages:
                 normalize(rest[..., ADVANTAGE], size, ranks)
             loss, sums, ratio = ppo_loss(policy, batch, obs, critic, rest, size, args, own[k] if args.recurrent else None)
