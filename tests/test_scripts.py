@@ -166,6 +166,19 @@ def test_documents_name_the_right_lines():
     assert copies.check_references(ROOT) == []
 
 
+def test_every_one_of_the_37_details_has_a_row_with_its_code_and_its_test():
+    """The numbers of details per category are those of the article; only what has no meaning here goes without."""
+    table = [line.split("|")[1:-1] for line in (ROOT / "docs" / "ppo_isaac.md").read_text().splitlines()]
+    rows = [[cell.strip() for cell in row] for row in table if len(row) == 5]
+    details = {row[0].partition(":")[0]: row for row in rows}
+    for category, number in {"core": 13, "image": 9, "continuous": 9, "LSTM": 5, "MultiDiscrete": 1}.items():
+        for i in range(1, number + 1):
+            _, _, here, code, test = details.pop(f"{category} {i}")
+            assert here.split()[0].strip(":,;") in ("adopted", "changed", "n.a.")
+            assert here.startswith("n.a.") or (copies.REFERENCE.match(code) and "tests/" in test and "`test_" in test)
+    assert set(details) == {"detail", "---"}
+
+
 SOURCE = '''import functools
 
 LIMIT: int = 3
