@@ -80,7 +80,7 @@ class Args:
     clip_value: bool = True  # clip the value loss
     normalize_advantages: bool = True  # to mean 0 and std 1 in every minibatch
     entropy_coef: float | None = None  # weight of the entropy bonus
-    value_coef: float | None = None  # weight of the value loss (which has the 1/2)
+    value_coef: float | None = None  # weight of the value loss, which has the 1/2 (Isaac Lab's recipes are without it)
     max_grad_norm: float = 1.0  # global gradient norm
     normalize_obs: bool | None = None  # observations to mean 0 and std 1, by running statistics
     clip_obs: float = 10.0  # bound on normalised observations
@@ -100,18 +100,18 @@ class Args:
 
 
 LOCOMOTION = dict(num_steps=32, learning_rate=5e-4, hidden=(400, 200, 100), entropy_coef=0.0)
-CARTPOLE = dict(num_steps=16, hidden=(32, 32), init="torch", normalize_returns=True, iterations=150)
+CARTPOLE = dict(num_steps=16, hidden=(32, 32), init="torch", normalize_returns=True, value_coef=1.0, iterations=150)
 LIFT = dict(num_steps=32, gamma=0.995, gae_lambda=0.9, hidden=(512, 256, 128), normalize_obs=True, iterations=15_000)
 STACK = dict(num_steps=48, gamma=0.995, normalize_obs=True, iterations=3000)
-# hyperparameters per task, from Isaac Lab's own recipes where they are not marked; any flag overrides them
+# hyperparameters per task, from Isaac Lab's own recipes but for the marked ones; any flag overrides them
 TASKS: dict[str, dict] = {
-    "Isaac-Cartpole-Direct": CARTPOLE,
+    "Isaac-Cartpole-Direct": CARTPOLE,  # scaled returns and value_coef are our own
     "Isaac-Cartpole": CARTPOLE,
     "IsaacContrib-Cartpole-Showcase-Direct": CARTPOLE,
     "Isaac-Ant-Direct": LOCOMOTION,
     "Isaac-Ant": LOCOMOTION,
-    "Isaac-Humanoid-Direct": dict(LOCOMOTION, normalize_obs=True, value_coef=2.0),
-    "Isaac-Humanoid": dict(LOCOMOTION, normalize_obs=True, value_coef=2.0),
+    "Isaac-Humanoid-Direct": dict(LOCOMOTION, normalize_obs=True, value_coef=4.0),
+    "Isaac-Humanoid": dict(LOCOMOTION, normalize_obs=True, value_coef=4.0),
     "Isaac-Reach-Franka": dict(epochs=8, hidden=(64, 64), entropy_coef=0.01),
     "Isaac-Lift-Franka": dict(LIFT, obs_groups=("policy", "proprio", "perception")),
     "Isaac-Open-Drawer-Franka": dict(num_steps=96, learning_rate=5e-4, target_kl=0.02, entropy_coef=1e-3, iterations=400),
@@ -121,7 +121,7 @@ TASKS: dict[str, dict] = {
 # for what a task leaves open
 DEFAULTS = dict(
     num_steps=24, epochs=5, learning_rate=1e-3, target_kl=0.01, gamma=0.99, gae_lambda=0.95, entropy_coef=0.005,
-    value_coef=1.0, hidden=(256, 128, 64), iterations=1000, normalize_obs=False, normalize_returns=False,
+    value_coef=2.0, hidden=(256, 128, 64), iterations=1000, normalize_obs=False, normalize_returns=False,
     obs_groups=("policy",), init="orthogonal",
 )  # fmt: skip
 # what makes a network; a checkpoint keeps it
