@@ -365,8 +365,7 @@ class ELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        y = x.clamp(max=0).exp_().sub_(1)
-        torch.maximum(x, y, out=y)
+        y = torch.maximum(x, x.clamp(max=0).exp_().sub_(1))  # with out=, torch.compile corrupts memory
         ctx.save_for_backward(y)
         return y
 

@@ -11,6 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores; su
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tests import assets
+
+# Isaac Lab reads this once, when any test of a process imports it first
+os.environ.setdefault("ISAACSIM_ASSET_ROOT", str(assets.mirror()))
+
 
 @pytest.fixture(scope="session")
 def write_checkpoint():
