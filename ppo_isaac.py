@@ -361,7 +361,7 @@ class RunningNorm(nn.Module):
 
 
 class ELU(torch.autograd.Function):
-    """torch's own takes expm1, which on CPUs is 4 to 25 times slower than exp."""
+    """torch's own takes expm1, which on CPUs is 3 (AVX2) to 36 (AVX-512) times slower than exp."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
