@@ -262,6 +262,18 @@ def merge_moments(moments: Tensor, rows: Tensor, ranks: Ranks) -> Tensor:
     return torch.stack([total, mean + delta * new / total, square + spread])
 
 
+def standardize(x: Tensor, moments: Tensor, eps: float = 0.01, clip: float = 10.0) -> Tensor:
+    """Rows (..., d) by the mean and std of `merge_moments`, clipped; as they are while nothing was merged.
+
+    `eps` is added to the std, so that a constant column is not blown up.
+    """
+    import torch
+
+    count, mean, square = moments
+    std = torch.where(count > 0, (square / count.clamp(min=1)).sqrt(), 1 - eps)
+    return ((x - mean.to(x.dtype)) / (std + eps).to(x.dtype)).clamp(-clip, clip)
+
+
 def seeded_generator(device: Any, *seeds: int) -> Any:
     """A torch.Generator of its own for every tuple of seeds."""
     import numpy as np
@@ -269,6 +281,20 @@ def seeded_generator(device: Any, *seeds: int) -> Any:
 
     entropy = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(entropy)
+
+
+def per_step(steps: int, k: Tensor, *figures: Tensor) -> Tensor:
+    """Sums (steps, F + 1) of figures (B, J) by the denoising step k (B, J) they belong to, and their number."""
+    import torch
+
+    columns = torch.stack([*figures, torch.ones_like(figures[0])], -1).detach().flatten(0, 1)  # (B J, F + 1)
+    return columns.new_zeros(steps, columns.shape[1]).index_add(0, k.flatten(), columns)
+
+
+def explained_variance(target: list[float], error: list[float], n: float) -> float:
+    """1 - var(error) / var(target), from sums and sums of squares."""
+    spread, rest = (square / n - (total / n) ** 2 for total, square in (target, error))
+    return 1 - rest / max(spread, 1e-12)
 
 
 def wilson_interval(successes: float, episodes: float, z: float = 1.96) -> tuple[float, float]:
@@ -921,8 +947,11 @@ def save_checkpoint(args: Any, policy: Any, optimizer: Any, run: dict, name: str
         shutil.rmtree(outdated)
 
 
-def check_finite(metrics: dict[str, float], iteration: int, logger: RunLogger, tolerance: float = 1e-5) -> None:
+def check_finite(metrics: dict[str, float], iteration: int, logger: RunLogger, tolerance: float = math.inf) -> None:
     """Stops a run that went wrong; the last checkpoint is from before.
+
+    Args:
+        tolerance: of the first minibatch's ratio, which is 1 where nothing has been learned yet.
 
     Raises:
         UsageError: a number is not finite, or the first ratio is not 1.
@@ -932,7 +961,7 @@ def check_finite(metrics: dict[str, float], iteration: int, logger: RunLogger, t
         logger.event(f"not finite in iteration {iteration}: {', '.join(bad)}; stopped, earlier checkpoints are kept")
         raise UsageError(f"{', '.join(bad)} became nan or inf: lower --learning-rate or --clip and --resume")
     error = metrics.get("update/first_ratio_error", 0.0)
-    if iteration == 0 and error > tolerance:
+    if error > tolerance:
         raise UsageError(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
 
 
@@ -1011,6 +1040,30 @@ class Ranks(NamedTuple):
         flat = self.reduce(torch.cat([g.flatten() for g in grads]))
         for p, g in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
             p.grad = g.view_as(p).clone()
+
+
+class Noise:
+    """Random numbers that do not depend on how environments are split: every rank draws all rows and keeps its own."""
+
+    def __init__(self, device: Any, ranks: Ranks, *seeds: int):
+        self.generator = seeded_generator(device, *seeds)
+        self.device, self.ranks = device, ranks
+
+    def own(self, x: Tensor) -> Tensor:
+        n = len(x) // self.ranks.world
+        return x[self.ranks.rank * n : (self.ranks.rank + 1) * n]
+
+    def normal(self, n: int, *shape: int) -> Tensor:
+        """(n, *shape) standard normal numbers."""
+        import torch
+
+        return self.own(torch.randn(n * self.ranks.world, *shape, generator=self.generator, device=self.device))
+
+    def integers(self, n: int, high: int) -> Tensor:
+        """(n,) int64 in [0, high)."""
+        import torch
+
+        return self.own(torch.randint(high, (n * self.ranks.world,), generator=self.generator, device=self.device))
 
 
 def to_host(sums: dict[str, Tensor], maxima: dict[str, Tensor], ranks: Ranks) -> dict[str, list[float]]:

@@ -442,12 +442,13 @@ class CategorySpecificMLP(nn.Module):
 class ActionEncoder(nn.Module):
     def __init__(self, categories: int, action_dim: int, dim: int):
         super().__init__()
+        self.dim = dim
         self.W1 = CategorySpecificLinear(categories, action_dim, dim)
         self.W2 = CategorySpecificLinear(categories, 2 * dim, dim)
         self.W3 = CategorySpecificLinear(categories, dim, dim)
 
     def forward(self, x: Tensor, bucket: Tensor, category: Tensor) -> Tensor:
-        half = self.W1.W.shape[-1] // 2
+        half = self.dim // 2
         frequency = torch.exp(-math.log(10000) * torch.arange(half, device=bucket.device) / half)
         angle = bucket.float()[:, None] * frequency
         time = torch.cat([angle.sin(), angle.cos()], -1)  # sine first, unlike the TimestepEncoder
@@ -678,6 +679,22 @@ class Gr00tN1d5(nn.Module):
         return table
 
 
+def activation_bytes(config: Gr00tConfig, length: int, views: int, backbone: bool, checkpointing: bool) -> int:
+    """Roughly what one sample's blocks keep for the backward pass [bytes, fp32], of a prompt of `length` tokens.
+
+    Args:
+        backbone: gradients go through the backbone, too.
+        checkpointing: blocks keep their inputs alone.
+    """
+    tokens = 1 + config.num_target_vision_tokens + config.action_horizon
+    blocks = [(config.dit_layers, tokens * config.dit_dim), (config.vl_layers, length * config.text_hidden_size)]
+    if backbone:
+        blocks += [(config.text_layers, length * config.text_hidden_size)]
+        blocks += [(config.vision_layers, views * config.tokens_per_view * config.vision_hidden_size)]
+    each = 1 if checkpointing else 20  # in units of a block's input: norms, q, k, v, attention, feed-forward's 4 + 4
+    return 4 * sum(layers * size * each for layers, size in blocks)
+
+
 # ----------------------------------------------------------------------------------------------------- checkpoint files
 _INDEX = "model.safetensors.index.json"
 _EMBED, _LM_HEAD = "backbone.language_model.embed_tokens.weight", "backbone.language_model.lm_head.weight"
@@ -771,6 +788,14 @@ def _resolve(path: str | Path, local_files_only: bool = False) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(f"{path}: no such folder, and nothing from the Hugging Face hub ({reason})") from error
+
+
+def is_full_size(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint has the full network (a hub id is taken to)."""
+    try:
+        return json.loads((Path(checkpoint) / "config.json").read_text())["action_head_cfg"]["hidden_size"] >= 512
+    except (OSError, ValueError, KeyError):
+        return True
 
 
 # ------------------------------------------------------------------------------------------------------------ processor

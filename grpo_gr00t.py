@@ -26,8 +26,8 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import importlib
-import json
 import math
 import os
 import sys
@@ -88,6 +88,8 @@ class Args:
     normalize_std: bool = False  # divide group advantages by the group's std
     max_grad_norm: float = 1.0  # global gradient norm
     feature_cache: Literal["gpu", "cpu", "off"] = "gpu"  # where backbone features wait for the update; off: recomputed
+    backbone_bf16: bool | None = None  # run the frozen backbone under bfloat16 autocast, and keep its features so
+    activation_checkpointing: bool = False  # recompute the blocks' activations in the backward pass: slower, smaller
 
 
 # what None stands for: (small checkpoint on a CPU, small checkpoint on a GPU, full-size checkpoint)
@@ -100,6 +102,7 @@ DEFAULTS = {
     "epochs": (2, 2, 2),
     "minibatches": (2, 2, 4),
     "kl_coef": (0.0, 0.0, 0.01),
+    "backbone_bf16": (False, False, True),
 }
 # heavy imports come after the command line, so --help is instant
 ARGS = tyro.cli(Args) if __name__ == "__main__" else None
@@ -109,8 +112,10 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common import (
+    Noise,
     Ranks,
     RunLogger,
     StageTimer,
@@ -120,16 +125,16 @@ from common import (
     group_advantages,
     latest_checkpoint,
     peak_memory_gb,
+    per_step,
     pick_device,
     resumed_args,
     run_name,
     save_checkpoint,
-    seeded_generator,
     steps_per_second,
     to_host,
     wilson_interval,
 )  # fmt: skip
-from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor
+from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, activation_bytes, is_full_size
 
 
 def resolve(args: Args) -> Args:
@@ -141,7 +146,7 @@ def resolve(args: Args) -> Args:
     if args.resume:
         args = resumed_args(args)
     args.device = pick_device(args.device)
-    column = 2 if full_size(args.checkpoint) else 1 if args.device.startswith("cuda") else 0
+    column = 2 if is_full_size(args.checkpoint) else 1 if args.device.startswith("cuda") else 0
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[column])
@@ -163,14 +168,6 @@ def resolve(args: Args) -> Args:
     return args
 
 
-def full_size(checkpoint: str) -> bool:
-    """Whether a checkpoint has the full network (a hub id is taken to)."""
-    try:
-        return json.loads((Path(checkpoint) / "config.json").read_text())["action_head_cfg"]["hidden_size"] >= 512
-    except (OSError, ValueError, KeyError):
-        return True
-
-
 # ======== env =========================================================================================================
 @dataclass(frozen=True)
 class Task:
@@ -184,6 +181,7 @@ class Task:
     success: str  # name of the success termination
     instructions: tuple[str, ...]
     target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
+    privileged: int = 0  # columns of the observation group `critic`, which holds the simulator's state; 0: no such group
     expert: str | None = None  # function of the module that demonstrates the task
     demo_params: dict[str, dict] = dataclasses.field(default_factory=dict)  # of event terms, while it demonstrates
 
@@ -198,6 +196,7 @@ TASKS = {
         success="success",
         instructions=("lift the red cube", "lift the blue cube"),
         target="target",
+        privileged=24,
         expert="expert_action",
         demo_params={"reset": {"gantry_share": 0.5}},
     ),
@@ -210,6 +209,7 @@ class Observation(NamedTuple):
     images: Tensor  # (N, V, H, W, 3) uint8
     state: Tensor  # (N, d) in the simulator's units
     prompt: Tensor  # (N,) int64, index of the instruction
+    features: Tensor | None = None  # (N, L, D) of the backbone, where they are kept
 
 
 class ChunkEnv:
@@ -311,26 +311,6 @@ def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
 
 
 # ======== GR00T wrapper ===============================================================================================
-class Noise:
-    """Random numbers that do not depend on how environments are split: every rank draws all rows and keeps its own."""
-
-    def __init__(self, device: str | torch.device, ranks: Ranks, *seeds: int):
-        self.generator = seeded_generator(device, *seeds)
-        self.device, self.ranks = device, ranks
-
-    def own(self, x: Tensor) -> Tensor:
-        n = len(x) // self.ranks.world
-        return x[self.ranks.rank * n : (self.ranks.rank + 1) * n]
-
-    def normal(self, n: int, *shape: int) -> Tensor:
-        """(n, *shape) standard normal numbers."""
-        return self.own(torch.randn(n * self.ranks.world, *shape, generator=self.generator, device=self.device))
-
-    def integers(self, n: int, high: int) -> Tensor:
-        """(n,) int64 in [0, high)."""
-        return self.own(torch.randint(high, (n * self.ranks.world,), generator=self.generator, device=self.device))
-
-
 class Chain(NamedTuple):
     """The stochastic denoising steps of a policy call: J = 1 (one step per sample) or all of them."""
 
@@ -345,7 +325,6 @@ class PolicyOutput(NamedTuple):
 
     action: Tensor  # (N, chunk, d) in the simulator's units
     features: Tensor  # (N, L, D) backbone features
-    state: Tensor  # (N, 1, state_dim) normalised
     chain: Chain | None  # None for the ODE
 
 
@@ -390,7 +369,7 @@ class Gr00tActor(nn.Module):
         try:
             self.net = Gr00tN1d5.from_pretrained(args.checkpoint)
             self.processor = Gr00tProcessor.from_pretrained(args.checkpoint, self.net.config, args.embodiment_tag)
-            self.embodiment_row = self.processor.embodiment_id
+            self.read(self.net)
         except (OSError, ValueError) as error:
             raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
         try:
@@ -417,7 +396,8 @@ class Gr00tActor(nn.Module):
         self.cps, self.all_steps = args.noise.startswith("flow-cps"), args.noise.endswith("-all")
         self.stochastic_steps = self.steps - self.cps  # the last step of Flow-CPS has std 0
         self.valid = self.processor.valid_action_dims
-        self.micro_batch_size = args.micro_batch_size
+        self.rollout_chunks = task.horizon // self.chunk
+        self.micro_batch_size, self.bf16 = args.micro_batch_size, args.backbone_bf16
 
         head_device = torch.device(args.device)
         self.net.backbone.requires_grad_(False).to(head_device)
@@ -425,19 +405,36 @@ class Gr00tActor(nn.Module):
         self.base_head = copy.deepcopy(self.net.action_head).requires_grad_(False)
         self.processor.to(head_device)
         self.register_buffer("prompts", torch.stack(prompts).to(head_device), persistent=False)  # (P, L)
+        if args.activation_checkpointing:
+            for block in self.blocks():
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if args.compile:
             self.net.action_head.velocity = torch.compile(self.net.action_head.velocity)
 
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks that gradients pass through."""
+        head = self.net.action_head
+        return [*head.model.transformer_blocks, *head.vl_self_attention.transformer_blocks]
+
     def trainable(self) -> list[nn.Parameter]:
-        return [p for p in self.net.action_head.parameters() if p.requires_grad]
+        return [p for p in self.net.parameters() if p.requires_grad]
+
+    def read(self, net: Gr00tN1d5) -> Gr00tN1d5:
+        """Keeps this embodiment's row of the category-specific layers; `save_pretrained` writes the others, too."""
+        if net.config.num_embodiments > 1:
+            net.slice_embodiment(self.processor.embodiment_id)
+        return net
 
     def embodiment(self, n: int) -> Tensor:
-        return torch.full((n,), self.embodiment_row, dtype=torch.long, device=self.prompts.device)
+        return torch.zeros(n, dtype=torch.long, device=self.prompts.device)
 
-    @torch.no_grad()
-    def features(self, images: Tensor, prompt: Tensor) -> Tensor:
-        """Backbone features (B, L, D) of images (B, V, H, W, 3) and instruction indices (B,)."""
-        return self.net.backbone(self.prompts[prompt], self.processor.images(images))
+    def features(self, obs: Observation) -> Tensor:
+        """Backbone features (B, L, D): those that were kept, or computed from the images."""
+        if obs.features is not None:
+            return obs.features
+        with torch.autocast(self.prompts.device.type, torch.bfloat16, self.bf16):
+            features = self.net.backbone(self.prompts[obs.prompt], self.processor.images(obs.images))
+        return features.bfloat16() if self.bf16 else features
 
     @torch.no_grad()
     def act(self, obs: Observation, noise: Noise | None = None, explore: bool = False) -> PolicyOutput:
@@ -456,18 +453,20 @@ class Gr00tActor(nn.Module):
         parts = []
         for i in range(0, n, self.micro_batch_size):
             rows = slice(i, i + self.micro_batch_size)
-            features = self.features(obs.images[rows], obs.prompt[rows])
-            state = self.processor.normalize_state(obs.state[rows])
-            context = self.net.action_head.encode(features, state, self.embodiment(len(state)))
+            part = Observation(*(x if x is None else x[rows] for x in obs))
+            part = part._replace(features=self.features(part))
+            context, chain = self.encode(self.net.action_head, part), None
             if explore:
                 x, chain = self.denoise(context, start[rows], drawn[rows], eps[rows])
             else:
-                x = self.net.action_head.sample(context, self.embodiment(len(state)), start[rows], self.steps)
-                chain = None
-            action = self.processor.unnormalize_action(x)[:, : self.chunk]
-            parts.append(PolicyOutput(action, features, state, chain))
+                x = self.net.action_head.sample(context, self.embodiment(len(part.state)), start[rows], self.steps)
+            parts.append(PolicyOutput(self.processor.unnormalize_action(x)[:, : self.chunk], part.features, chain))
         chain = Chain(*(torch.cat(x) for x in zip(*(p.chain for p in parts)))) if explore else None
-        return PolicyOutput(*(torch.cat(x) for x in list(zip(*parts))[:3]), chain)
+        return PolicyOutput(*(torch.cat(x) for x in list(zip(*parts))[:2]), chain)
+
+    def encode(self, head: nn.Module, obs: Observation):
+        """What the denoising steps need of an observation."""
+        return head.encode(self.features(obs), self.processor.normalize_state(obs.state), self.embodiment(len(obs.state)))
 
     def denoise(self, context, x: Tensor, drawn: Tensor, eps: Tensor) -> tuple[Tensor, Chain]:
         """K denoising steps, those in `drawn` (B, J) stochastic with noise eps (B, J, H, A)."""
@@ -500,21 +499,20 @@ class Gr00tActor(nn.Module):
     def log_prob(self, y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         return gaussian_log_prob(self.executed(y), self.executed(mean), std)
 
-    def evaluate(self, features: Tensor, state: Tensor, chain: Chain, head: nn.Module | None = None):
+    def evaluate(self, obs: Observation, chain: Chain, head: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of stored steps under the present weights, with gradients.
 
         Args:
-            features: (B, L, D).
-            state: (B, 1, state_dim).
+            obs: fields (B, ...).
             chain: fields (B, J, ...).
-            head: the action head by default, or the base head.
+            head: the action head by default, or the base model's.
 
         Returns:
             log_prob (B, J), mean (B, J, chunk, valid), std (B, J, 1, 1).
         """
         head = head or self.net.action_head
         b, j = chain.k.shape
-        context = head.encode(features, state, self.embodiment(b))
+        context = self.encode(head, obs)
         if j > 1:
             context = context.repeat_interleave(j)
         x, k = chain.x.flatten(0, 1), chain.k.flatten()  # (B J, H, A), (B J,)
@@ -522,6 +520,15 @@ class Gr00tActor(nn.Module):
         mean, std = stochastic_step(x, v, k, self.steps, self.cps, self.level)
         mean, std = mean.unflatten(0, (b, j)), std.unflatten(0, (b, j))
         return self.log_prob(chain.y, mean, std), self.executed(mean), std
+
+    @torch.no_grad()
+    def base_mean(self, obs: Observation, chain: Chain) -> Tensor:
+        """The base model's mean (B, J, chunk, valid) of stored steps."""
+        return self.evaluate(obs, chain, self.base_head)[1]
+
+    def load(self, folder: Path) -> None:
+        """Takes over what `save` wrote; the base model stays."""
+        self.net.action_head.load_state_dict(self.read(Gr00tN1d5.from_pretrained(folder)).action_head.state_dict())
 
     def save(self, folder: Path) -> None:
         """Writes the checkpoint in NVIDIA's layout: weights, config.json, metadata.json, tokenizer."""
@@ -540,8 +547,8 @@ class Batch:
         """One chunk of every environment."""
         kept = {"features": out.features.to("cpu") if self.cache == "cpu" else out.features}  # waits, on a GPU
         if self.cache == "off":
-            kept = {"images": obs.images, "prompt": obs.prompt}
-        self.chunks.append(kept | {"state": out.state} | out.chain._asdict())
+            kept = {"images": obs.images}
+        self.chunks.append(kept | {"state": obs.state, "prompt": obs.prompt} | out.chain._asdict())
 
     def finish(self, valid: Tensor, success: Tensor, args: Args) -> Batch:
         """Adds advantages and weights, from which chunks were valid (T, N) and which episodes succeeded (N,)."""
@@ -560,22 +567,27 @@ class Batch:
         source = self.flat[name]
         return source[rows.to(source.device)].to(self.device, non_blocking=True)
 
+    def samples(self, rows: Tensor) -> tuple[Observation, Chain]:
+        """Observations and stochastic steps of some rows."""
+        kept = {name: self.select(name, rows) for name in (*Observation._fields, *Chain._fields) if name in self.flat}
+        obs = Observation(**{name: kept.get(name) for name in Observation._fields})
+        return obs, Chain(**{name: kept[name] for name in Chain._fields})
+
 
 @torch.no_grad()
-def rollout(env: ChunkEnv, policy: Gr00tActor, args: Args, iteration: int, ranks: Ranks, timer: StageTimer) -> Batch:
+def rollout(env: ChunkEnv, policy: nn.Module, args: Args, iteration: int, ranks: Ranks, timer: StageTimer) -> Batch:
     """One episode per environment, in groups from one start; returns the samples with advantages and weights."""
     noise = Noise(args.device, ranks, args.seed, iteration)
     batch, valid = Batch(args), []
-    chunks = env.task.horizon // policy.chunk  # T
     with timer("env"):
         obs = env.reset(episode_seed(args.seed, iteration, ranks), args.group_size)
-    for t in range(chunks):
+    for t in range(policy.rollout_chunks):  # T
         with timer("policy"):
             out = policy.act(obs, noise, explore=True)
             valid.append(~env.success)  # (N,) an attempt ends with its first success
             batch.add(obs, out)
         with timer("env"):
-            obs = env.step_chunk(out.action, last=t + 1 == chunks)
+            obs = env.step_chunk(out.action, last=t + 1 == policy.rollout_chunks)
     with timer("policy"):
         return batch.finish(torch.stack(valid), env.success, args)
 
@@ -586,7 +598,7 @@ def episode_seed(seed: int, iteration: int, ranks: Ranks) -> int:
 
 
 # ======== loss ========================================================================================================
-def grpo_loss(policy: Gr00tActor, batch: Batch, rows: Tensor, args: Args, with_kl: bool) -> tuple[Tensor, dict, Tensor]:
+def grpo_loss(policy: nn.Module, batch: Batch, rows: Tensor, args: Args, with_kl: bool) -> tuple[Tensor, dict, Tensor]:
     """Clipped surrogate plus KL to the base model, summed over rows with their weights.
 
     Args:
@@ -596,13 +608,9 @@ def grpo_loss(policy: Gr00tActor, batch: Batch, rows: Tensor, args: Args, with_k
     Returns:
         The loss, summed (divide by the minibatch's size); sums for the log; the largest |ratio - 1|.
     """
-    if args.feature_cache == "off":
-        features = policy.features(batch.select("images", rows), batch.select("prompt", rows))
-    else:
-        features = batch.select("features", rows)
-    state = batch.select("state", rows)  # (B, 1, S)
-    chain = Chain(*(batch.select(name, rows) for name in Chain._fields))
-    log_prob, mean, std = policy.evaluate(features, state, chain)
+    obs, chain = batch.samples(rows)
+    obs = obs._replace(features=policy.features(obs))
+    log_prob, mean, std = policy.evaluate(obs, chain)
     step_log_ratio = log_prob - chain.log_prob  # (B, J)
     log_ratio = step_log_ratio.sum(1).clamp(-args.log_ratio_clamp, args.log_ratio_clamp)  # (B,)
     ratio = log_ratio.exp()
@@ -611,30 +619,25 @@ def grpo_loss(policy: Gr00tActor, batch: Batch, rows: Tensor, args: Args, with_k
     loss = -(weight * surrogate).sum()
     sums = {}
     if with_kl:
-        with torch.no_grad():
-            _, base_mean, _ = policy.evaluate(features, state, chain, policy.base_head)
-        kl = ((mean - base_mean) ** 2 / (2 * std**2)).sum((1, 2, 3))  # (B,) closed form: equal std
+        kl = ((mean - policy.base_mean(obs, chain)) ** 2 / (2 * std**2)).sum((2, 3))  # (B, J) closed form: equal std
         if args.kl_coef > 0:
-            loss = loss + args.kl_coef * (weight * kl).sum()
-        sums |= {"kl_base": kl.detach().sum(), "kl_count": torch.ones_like(kl).sum()}
+            loss = loss + args.kl_coef * (weight * kl.sum(1)).sum()
+        sums |= {"kl_samples": torch.full_like(loss.detach(), len(rows)), "base_per_step": per_step(policy.steps, chain.k, kl)}
     with torch.no_grad():
-        clipped = ((step_log_ratio.exp() - 1).abs() > args.clip).float().flatten()  # (B J,)
-        k = chain.k.flatten()
-        zeros = torch.zeros(policy.steps, device=k.device)
+        step_log_ratio = step_log_ratio.clamp(-args.log_ratio_clamp, args.log_ratio_clamp)
+        step_ratio = step_log_ratio.exp()  # (B, J)
+        outside = ((step_ratio - 1).abs() > args.clip).float()
         sums |= {
             "loss": loss.detach(),
             "clip_frac": ((ratio - 1).abs() > args.clip).float().sum(),
             "approx_kl": ((ratio - 1) - log_ratio).sum(),  # k3 estimator of the KL to the rollout's policy
-            "clipped_per_step": zeros.scatter_add(0, k, clipped),
-            "count_per_step": zeros.scatter_add(0, k, torch.ones_like(clipped)),
+            "per_step": per_step(policy.steps, chain.k, outside, step_ratio, (step_ratio - 1) - step_log_ratio),
         }
         ratio_error = (ratio - 1).abs().max()
     return loss, sums, ratio_error
 
 
 # ======== train =======================================================================================================
-
-
 def plan_minibatches(batch: Batch, args: Args, iteration: int, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
     """Draws the update's minibatches from the samples that carry a gradient.
 
@@ -655,11 +658,11 @@ def plan_minibatches(batch: Batch, args: Args, iteration: int, ranks: Ranks) -> 
     return [(torch.from_numpy(p).to(args.device), n) for p, n, m in zip(parts, sizes, total) if m > 0]
 
 
-def update(policy: Gr00tActor, optimizer, batch: Batch, plan, args: Args, ranks: Ranks) -> tuple[dict, dict]:
+def update(policy: nn.Module, optimizer, batch: Batch, plan, args: Args, ranks: Ranks) -> tuple[dict, dict]:
     """One optimizer step per minibatch; returns sums and maxima for the log, on the device."""
     parameters, zero = policy.trainable(), torch.zeros((), device=args.device)
-    sums = dict.fromkeys(("loss", "clip_frac", "approx_kl", "kl_base", "kl_count"), zero)
-    sums |= dict.fromkeys(("clipped_per_step", "count_per_step"), zero.expand(policy.steps))
+    sums = dict.fromkeys(("loss", "clip_frac", "approx_kl", "kl_samples"), zero)
+    sums |= {"per_step": zero.expand(policy.steps, 4), "base_per_step": zero.expand(policy.steps, 2)}
     extremes = dict.fromkeys(("grad_norm", "first_ratio_error"), zero)
     for step, (rows, size) in enumerate(plan):
         optimizer.zero_grad(set_to_none=False)
@@ -692,10 +695,13 @@ def describe_iteration(batch: Batch, sums: dict, extremes: dict, args: Args, ran
     if samples:
         for name in ("loss", "clip_frac", "approx_kl"):
             metrics[f"update/{name}"] = host[name][0] / (samples * args.epochs)
-        metrics["update/kl_base"] = host["kl_base"][0] / host["kl_count"][0]
         metrics |= {f"update/{name}": host[name][0] for name in extremes}
-        for k, (clipped, count) in enumerate(zip(host["clipped_per_step"], host["count_per_step"])):
-            metrics[f"update/clip_frac_k{k}"] = clipped / max(count, 1.0)
+        base = np.reshape(host["base_per_step"], (-1, 2))  # (K, 2) sum and number
+        metrics["update/kl_base"] = base[:, 0].sum() / host["kl_samples"][0]
+        for k, (*figures, count) in enumerate(np.reshape(host["per_step"], (-1, 4))):
+            for name, value in zip(("clip_frac", "ratio", "approx_kl"), figures):
+                metrics[f"update/{name}_k{k}"] = value / max(count, 1.0)
+            metrics[f"update/kl_base_k{k}"] = base[k, 0] / max(base[k, 1], 1.0)
     return metrics
 
 
@@ -706,7 +712,7 @@ def learning_rate(args: Args, iteration: int) -> float:
     return args.learning_rate * warm * (1 - 0.9 * min(max(past, 0.0), 1.0))
 
 
-def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, ranks: Ranks, state: dict | None) -> None:
+def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks: Ranks, state: dict | None) -> None:
     """The whole run: evaluate, iterate, evaluate, summarise."""
     optimizer = torch.optim.AdamW(policy.trainable(), args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     run = state or {"iteration": 0, "elapsed": 0.0, "stages": {}, "before": None, "best": -1.0}
@@ -718,7 +724,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, rank
         run["before"] = evaluate(args, env, policy, ranks)
         logger.event(f"ODE success before: {show(run['before'])}")
         if args.capture_video:
-            record_group(args, env, policy, ranks, logger, "before")
+            record(args, env, policy, ranks, logger, "before")
     metrics, result = {}, None
     for iteration in range(run["iteration"], args.iterations):
         optimizer.param_groups[0]["lr"] = learning_rate(args, iteration)
@@ -727,7 +733,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, rank
             plan = plan_minibatches(batch, args, iteration, ranks)
             sums, extremes = update(policy, optimizer, batch, plan, args, ranks)
             metrics = describe_iteration(batch, sums, extremes, args, ranks)
-        check_finite(metrics, iteration, logger)
+        check_finite(metrics, iteration, logger, tolerance=1e-5 if iteration == 0 else math.inf)
         seconds = timer.seconds()
         run["iteration"] = iteration + 1
         run["stages"] = {name: value + run["stages"].get(name, 0.0) for name, value in seconds.items()}
@@ -754,7 +760,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, rank
     sde = evaluate(args, env, policy, ranks, explore=True)
     logger.event(f"ODE success after: {show(after)} (before: {show(run['before'])})")
     if args.capture_video:
-        record_group(args, env, policy, ranks, logger, "after")
+        record(args, env, policy, ranks, logger, "after")
     logger.summary(
         {
             "algorithm": "grpo",
@@ -775,24 +781,34 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, logger: RunLogger, rank
     )
 
 
-def check_memory(args: Args, policy: Gr00tActor, ranks: Ranks) -> str:
-    """Estimates what the rollout keeps for the update, and refuses what does not fit.
+def check_memory(args: Args, policy: nn.Module, ranks: Ranks) -> str:
+    """Estimates a rank's memory, and refuses what does not fit.
 
     Raises:
-        UsageError: the samples need more memory than is free.
+        UsageError: what the rollout keeps for the update needs more memory than is free.
     """
-    config, task = policy.net.config, TASKS[args.task]
-    samples = args.num_envs // ranks.world * (task.horizon // policy.chunk)
+    config, views, cache = policy.net.config, len(TASKS[args.task].cameras), args.feature_cache
+    through = any(p.requires_grad for p in policy.net.backbone.parameters())  # gradients reach the backbone
+    samples = args.num_envs // ranks.world * policy.rollout_chunks
     chain = 8 * (policy.stochastic_steps if policy.all_steps else 1) * config.action_horizon * config.action_dim
-    pixels = 3 * len(task.cameras) * config.image_size**2
-    features = policy.prompts.shape[1] * config.text_hidden_size * next(policy.net.backbone.parameters()).element_size()
-    need = samples * (chain + (pixels if args.feature_cache == "off" else features)) / 1e9
-    host = args.device == "cpu" or args.feature_cache == "cpu"
+    element = 2 if args.backbone_bf16 else next(policy.net.backbone.parameters()).element_size()
+    features = policy.prompts.shape[1] * config.text_hidden_size * element
+    kept = samples * (chain + (3 * views * config.image_size**2 if through or cache == "off" else features))
+    one = activation_bytes(config, policy.prompts.shape[1], views, through, args.activation_checkpointing)
+    sizes = {
+        "weights": sum(p.nbytes for p in policy.parameters()),
+        "gradients and AdamW": 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad),  # three times fp32
+        f"{samples} samples an iteration": kept,
+        "activations": min(args.micro_batch_size, samples) * one,
+    }
+    host = args.device == "cpu" or (cache == "cpu" and not through)
     free = psutil.virtual_memory().available if host else torch.cuda.mem_get_info()[0]
-    plan = f"{samples} samples an iteration: {need:.2f} of {free / 1e9:.1f} GB free {'on the host' if host else 'on the GPU'}"
-    if need > free / 1e9:
-        raise UsageError(f"--num-envs {args.num_envs}: {plan}; use fewer, or --feature-cache {'off' if host else 'cpu'}")
-    return plan
+    plan = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
+    where = f"{free / 1e9:.1f} GB free {'on the host' if host else 'on the GPU'}"
+    if kept > free:
+        remedy = f"--feature-cache {'off' if host else 'cpu'}"
+        raise UsageError(f"--num-envs {args.num_envs}: {plan}, but {where}; use fewer, or {remedy}")
+    return f"{plan} GB (estimated), {where}"
 
 
 # ======== evaluate ====================================================================================================
@@ -823,8 +839,8 @@ def show(result: dict[str, float]) -> str:
 
 
 @torch.no_grad()
-def record_group(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, logger: RunLogger, name: str) -> None:
-    """Records one group as the rollout sees it: one start, different noise."""
+def record(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, logger: RunLogger, name: str) -> None:
+    """Records the first episodes as the rollout sees them: one start, different noise."""
     obs = env.reset(episode_seed(args.eval_seed, 0, ranks), args.group_size)
     noise = Noise(args.device, ranks, args.eval_seed)
     frames = [(obs.images[:, 0], env.success.clone())]
@@ -849,7 +865,7 @@ def main(args: Args) -> None:
     if args.resume:
         folder = latest_checkpoint(run_dir)
         try:
-            policy.net.action_head.load_state_dict(Gr00tN1d5.from_pretrained(folder).action_head.state_dict())
+            policy.load(folder)
             state = torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
         except Exception as error:  # torch.load has many kinds
             raise UsageError(f"--resume {args.resume}: {folder.name} is damaged ({error!r}); remove it") from error

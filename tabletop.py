@@ -7,7 +7,7 @@ physics (MuJoCo-Warp) and the Newton Warp renderer, so it runs on any NVIDIA GPU
 
 - action (4): dx, dy, dz of the gripper in [-1, 1] (times `MAX_STEP` metres per step), gripper (> 0 opens, <= 0 closes)
 - observation groups: `policy` (5 joint positions [m]: x, y, z, left finger, right finger) and `critic` (privileged: both
-  cubes' positions and velocities, both relative to the gripper, the named cube's index)
+  cubes' positions and velocities, both relative to the gripper, the named cube first; joints; the named cube's index)
 - camera `cam`: uint8 RGB, 64 x 64 by default; rendered only when its data is read
 - termination `success`: the named cube is above `LIFT_HEIGHT` for `HOLD_STEPS` steps in a row while the other is not
 - episodes of `HORIZON` steps at 25 Hz
@@ -253,11 +253,15 @@ def cube_positions(env) -> torch.Tensor:
 
 
 def privileged_state(env) -> torch.Tensor:
-    """What only a simulator knows, (N, 19): cube positions (6), velocities (6), offsets from the gripper (6), target."""
-    cubes = cube_positions(env)  # (N, 2, 3)
+    """What only a simulator knows, (N, 24), the named cube always first: a value is learned several times faster so.
+
+    Cube positions (6), velocities (6), offsets from the gripper (6), joint positions (5), index of the named cube (1).
+    """
+    joints, cubes = joint_positions(env), cube_positions(env)
     velocities = torch.stack([env.scene[c].data.root_lin_vel_w.torch for c in COLOURS], 1)
-    offsets = cubes - joint_positions(env)[:, None, :3]
-    return torch.cat([cubes.flatten(1), velocities.flatten(1), offsets.flatten(1), env.target[:, None].float()], 1)
+    both = torch.cat([cubes, velocities, cubes - joints[:, None, :3]], 2).unflatten(2, (3, 3))  # (N, 2, 3 kinds, 3)
+    named_first = torch.where(env.target[:, None, None, None] == 0, both, both.flip(1)).transpose(1, 2)
+    return torch.cat([named_first.flatten(1), joints, env.target[:, None].float()], 1)
 
 
 def lifted(env) -> torch.Tensor:

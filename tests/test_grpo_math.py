@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import grpo_gr00t
-from common import Ranks, RunLogger
+from common import Noise, Ranks, RunLogger
 from gr00t_n1d5 import Gr00tN1d5
 from grpo_gr00t import (
     Args,
     Batch,
     Chain,
     Gr00tActor,
-    Noise,
     Observation,
     UsageError,
     check_finite,
@@ -269,16 +268,15 @@ def numerical_kl(mean: Tensor, base: Tensor, std: Tensor) -> Tensor:
 def test_kl_is_the_numerical_kl(tiny_checkpoint, noise):
     args, policy = make(tiny_checkpoint, noise=noise, kl_coef=0.1)
     batch, rows = collect(args, policy), torch.arange(0, 64, 5)
-    assert grpo_loss(policy, batch, rows, args, True)[1]["kl_base"] == 0
+    assert grpo_loss(policy, batch, rows, args, True)[1]["base_per_step"][:, 0].sum() == 0
     perturb(policy)
     sums = grpo_loss(policy, batch, rows, args, True)[1]
-    fields = [batch.select(name, rows) for name in ("features", "state")]
-    chain = Chain(*(batch.select(name, rows) for name in Chain._fields))
+    obs, chain = batch.samples(rows)
     with torch.no_grad():
-        _, mean, std = policy.evaluate(*fields, chain)
-        _, base, _ = policy.evaluate(*fields, chain, policy.base_head)
+        _, mean, std = policy.evaluate(obs, chain)
+        base = policy.base_mean(obs, chain)
     expected = float(numerical_kl(mean, base, std).sum())
-    assert expected > 0.1 and math.isclose(float(sums["kl_base"]), expected, rel_tol=1e-4)
+    assert expected > 0.1 and math.isclose(float(sums["base_per_step"][:, 0].sum()), expected, rel_tol=1e-4)
 
 
 def test_kl_is_always_logged_and_enters_the_loss_by_its_coefficient(tiny_checkpoint):
@@ -288,20 +286,19 @@ def test_kl_is_always_logged_and_enters_the_loss_by_its_coefficient(tiny_checkpo
     plan = plan_minibatches(batch, args, 0, ALONE)
     still = torch.optim.SGD(policy.trainable(), lr=0.0)
     sums, extremes = update(policy, still, batch, plan, args, ALONE)
-    assert sums["kl_count"] == len(plan[0][0])  # the first minibatch
+    assert sums["kl_samples"] == len(plan[0][0])  # the first minibatch
     assert describe_iteration(batch, sums, extremes, args, ALONE)["update/kl_base"] > 0
     args.kl_coef = 0.1
-    assert update(policy, still, batch, plan, args, ALONE)[0]["kl_count"] == sum(len(rows) for rows, _ in plan)
+    assert update(policy, still, batch, plan, args, ALONE)[0]["kl_samples"] == sum(len(rows) for rows, _ in plan)
 
     batch.flat["advantage"].zero_()  # what is left is the KL
     args.kl_coef = 0.0
     assert backward(policy, grpo_loss(policy, batch, rows, args, True)[0]).abs().max() == 0
     args.kl_coef = 0.1
     found = backward(policy, grpo_loss(policy, batch, rows, args, True)[0])
-    fields = [batch.select(name, rows) for name in ("features", "state")]
-    chain = Chain(*(batch.select(name, rows) for name in Chain._fields))
-    _, mean, std = policy.evaluate(*fields, chain)
-    base = policy.evaluate(*fields, chain, policy.base_head)[1].detach()
+    obs, chain = batch.samples(rows)
+    _, mean, std = policy.evaluate(obs, chain)
+    base = policy.evaluate(obs, chain, policy.base_head)[1].detach()
     kl = torch.distributions.kl_divergence(Normal(mean, std.expand_as(mean)), Normal(base, std.expand_as(mean))).sum((1, 2, 3))
     expected = backward(policy, 0.1 * (batch.select("weight", rows) * kl).sum())
     assert close(found, expected, 1e-5)
@@ -313,12 +310,14 @@ def test_kl_is_always_logged_and_enters_the_loss_by_its_coefficient(tiny_checkpo
 @pytest.mark.parametrize("noise", NOISES)
 def test_ratio_is_one_before_the_first_update(tiny_checkpoint, noise):
     args, policy = make(tiny_checkpoint, noise=noise, micro_batch_size=7)
-    out = policy.act(observation(30), Noise("cpu", ALONE, 1, 2), explore=True)
+    obs = observation(30)
+    out = policy.act(obs, Noise("cpu", ALONE, 1, 2), explore=True)
     assert out.action.shape == (30, 4, VALID) and policy.chunk < HORIZON
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
     for rows in order.split(11):
         chain = Chain(*(x[rows] for x in out.chain))
-        log_prob, _, _ = policy.evaluate(out.features[rows], out.state[rows], chain)
+        kept = Observation(obs.images[rows], obs.state[rows], obs.prompt[rows], out.features[rows])
+        log_prob, _, _ = policy.evaluate(kept, chain)
         assert ((log_prob - chain.log_prob).sum(1).exp() - 1).abs().max() < 1e-5
     batch = collect(args, policy)
     plan = plan_minibatches(batch, args, 0, ALONE)
@@ -337,8 +336,7 @@ def test_gradient_at_ratio_one_is_the_policy_gradient(tiny_checkpoint, noise):
     batch = collect(args, policy)
     rows = plan_minibatches(batch, args, 0, ALONE)[0][0]
     found = backward(policy, grpo_loss(policy, batch, rows, args, False)[0])
-    chain = Chain(*(batch.select(name, rows) for name in Chain._fields))
-    log_prob, _, _ = policy.evaluate(batch.select("features", rows), batch.select("state", rows), chain)
+    log_prob, _, _ = policy.evaluate(*batch.samples(rows))
     weight = batch.select("weight", rows) * batch.select("advantage", rows)
     assert close(found, backward(policy, -(weight * log_prob.sum(1)).sum()), 1e-5)
 
@@ -359,8 +357,10 @@ def test_clipping(tiny_checkpoint, advantage, ratio, passes):
     assert found.abs().max() == 0 if not passes else close(found, expected, 1e-4)
     clipped = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
     assert math.isclose(float(loss.detach()), -float(batch.flat["weight"][row]) * clipped, rel_tol=1e-4)
-    assert sums["clip_frac"] == (abs(ratio - 1) > 0.2) == sums["clipped_per_step"].sum()
-    assert sums["clipped_per_step"][batch.flat["k"][3]] == sums["clip_frac"]
+    assert sums["clip_frac"] == (abs(ratio - 1) > 0.2) == sums["per_step"][:, 0].sum()
+    own = sums["per_step"][batch.flat["k"][3, 0]]  # clip fraction, ratio, approximate KL, number
+    assert own[0] == sums["clip_frac"] and math.isclose(own[1], ratio, rel_tol=1e-4) and own[3] == 1
+    assert math.isclose(own[2], ratio - 1 - math.log(ratio), rel_tol=1e-2, abs_tol=1e-5)
 
 
 def test_log_ratio_is_clamped(tiny_checkpoint):
@@ -533,11 +533,11 @@ def logger(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_stops_the_run(logger, value):
-    check_finite({"update/loss": 1.0, "update/first_ratio_error": 1e-6}, 0, logger)
+    check_finite({"update/loss": 1.0, "update/first_ratio_error": 1e-6}, 0, logger, tolerance=1e-5)
     with pytest.raises(UsageError, match="update/loss.*--learning-rate"):
         check_finite({"update/loss": value, "update/grad_norm": 1.0}, 3, logger)
     with pytest.raises(UsageError, match="ratio"):
-        check_finite({"update/first_ratio_error": 1e-3}, 0, logger)
+        check_finite({"update/first_ratio_error": 1e-3}, 0, logger, tolerance=1e-5)
 
 
 def test_gradients_that_are_nan_show(tiny_checkpoint):

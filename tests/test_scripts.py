@@ -34,7 +34,7 @@ every_gr00t_script = pytest.mark.parametrize("script", GR00T)
 every_stock_script = pytest.mark.parametrize("script", STOCK)
 BANNERS = ["imports", "Args", "env", "GR00T wrapper", "rollout", "loss", "train", "evaluate", "main"]
 HOT = {"rollout", "update", "grpo_loss", "ppo_loss", "flow_matching_loss", "act", "denoise", "evaluate", "velocity", "value"}
-HOT |= {"make_batch", "scaled_rewards", "log_prob", "entropy", "kl"}
+HOT |= {"make_batch", "scaled_rewards", "log_prob", "entropy", "kl", "value_loss", "critic_input", "base_mean", "encode"}
 
 
 def tree_of(script: str) -> ast.Module:
@@ -61,7 +61,8 @@ def run(script: str, *flags: str, cwd: Path, python: tuple[str, ...] = (), **env
 
 
 def test_the_scripts_are_there():
-    assert {"grpo_gr00t.py", "sft_gr00t.py"} <= set(GR00T) and "ppo_isaac.py" in STOCK
+    assert {"grpo_gr00t.py", "sft_gr00t.py", "ppo_gr00t_frozen.py", "ppo_gr00t_lora.py"} <= set(GR00T)
+    assert "ppo_isaac.py" in STOCK
 
 
 # ---------------------------------------------------------------- command line
@@ -292,10 +293,11 @@ def refusal(basics):
 NOT_POSITIVE = (
     "num_envs iterations steps demos frames_per_demo batch_size save_every keep_checkpoints denoise_steps "
     "noise_level learning_rate clip epochs minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk "
-    "num_steps target_kl stop_kl clip_obs clip_rewards clip_actions init_std lstm_size frame_skip"
+    "num_steps target_kl stop_kl clip_obs clip_rewards clip_actions init_std lstm_size frame_skip "
+    "rollout_chunks critic_lr critic_epochs clip_value kl_target lora_rank lora_alpha llm_layers plateau unfreeze_kl"
 ).split()
 NEGATIVE = "kl_coef lr_warmup lr_hold eval_every eval_episodes seed eval_seed weight_decay ema".split()
-NEGATIVE += "entropy_coef value_coef gamma gae_lambda noop_max".split()
+NEGATIVE += "entropy_coef value_coef gamma gae_lambda noop_max critic_warmup lora_dropout".split()
 AT_MOST_ONE = "gamma gae_lambda".split()
 
 

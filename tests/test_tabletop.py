@@ -146,7 +146,7 @@ def test_an_instruction_of_the_task_fixes_the_target(env):
 def test_observation_groups(env):
     env.reset(seed=10)
     obs = env.env.observation_manager.compute()
-    assert obs["policy"].shape == (N, 5) and obs["critic"].shape == (N, 19)
+    assert obs["policy"].shape == (N, 5) and obs["critic"].shape == (N, 24)
     import tabletop
 
     assert torch.allclose(obs["critic"][:, :6], tabletop.cube_positions(env.env).flatten(1))
