@@ -83,7 +83,7 @@ class Args:
     lora_alpha: float = 32.0  # an adapter's output is multiplied by this over its rank
     lora_dropout: float = 0.0  # dropout before the adapters in the update; ratios then start from about 1 only
     llm_layers: int = 4  # how many of the language model's top layers llm-attention adapts
-    category_layers: Literal["train", "lora", "frozen"] = "train"  # the embodiment's own layers, which are no nn.Linear
+    category_layers: Literal["frozen", "lora", "train"] = "frozen"  # the embodiment's own layers, which are no nn.Linear
     adapter: str | None = None  # adapters to begin with: a checkpoint's folder of that name
     unfreeze: tuple[str, ...] = ()  # stages in order, each name[:iteration or plateau][:learning rate]
     plateau: int = 20  # iterations without better success after which a stage that waits for it begins
@@ -127,7 +127,7 @@ DEFAULTS = {
     "num_envs": (128, 1024, 64),
     "iterations": (240, 240, 500),
     "noise_level": (0.8, 0.8, 0.5),
-    "learning_rate": (2e-4, 2e-4, 2e-5),
+    "learning_rate": (5e-4, 5e-4, 5e-5),
     "clip": (0.2, 0.2, 0.1),
     "epochs": (2, 2, 2),
     "minibatches": (2, 2, 4),

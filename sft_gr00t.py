@@ -20,6 +20,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import importlib
 import math
 import os
@@ -70,7 +71,9 @@ class Args:
     max_grad_norm: float = 1.0  # global gradient norm
     tune: Literal["all", "head"] = "all"  # what is trained
     denoise_steps: int = 4  # K, denoising steps of the evaluation
-    micro_batch_size: int = 128  # samples per forward pass of the evaluation
+    micro_batch_size: int = 128  # samples per forward pass; gradients are accumulated over a batch
+    backbone_bf16: bool = False  # run the backbone under bfloat16 autocast; only where it is frozen (--tune head)
+    activation_checkpointing: bool = False  # recompute the blocks' activations in the backward pass: slower, smaller
 
 
 ARGS = tyro.cli(Args) if __name__ == "__main__" else None
@@ -79,6 +82,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common import Noise, Ranks, RunLogger, UsageError, check_numbers, pick_device, run_name, wilson_interval
 from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, load_tokenizer, tiny_tokenizer
@@ -100,6 +104,8 @@ def resolve(args: Args) -> Args:
         raise UsageError("--evaluate: name what to evaluate with --checkpoint")
     positive = "num_envs demos frames_per_demo steps batch_size learning_rate max_grad_norm denoise_steps micro_batch_size"
     check_numbers(args, positive, "seed eval_every eval_episodes eval_seed weight_decay ema")
+    if args.backbone_bf16 and args.tune == "all":
+        raise UsageError("--backbone-bf16: the backbone is trained, in fp32; use it with --tune head")
     args.exp_name = run_name(args, "sft_gr00t")
     return args
 
@@ -265,6 +271,11 @@ class Gr00tPolicy(nn.Module):
         super().__init__()
         self.net, self.processor = net.to(args.device), processor.to(args.device)
         self.chunk, self.steps, self.micro_batch_size = net.config.action_horizon, args.denoise_steps, args.micro_batch_size
+        self.bf16, head, backbone = args.backbone_bf16, net.action_head, net.backbone
+        if args.activation_checkpointing:
+            own = [*backbone.language_model.layers, *backbone.vision_model.encoder.layers] if args.tune == "all" else []
+            for block in [*head.model.transformer_blocks, *head.vl_self_attention.transformer_blocks, *own]:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         try:
             prompts = [processor.prompt(text, len(TASKS[args.task].cameras)) for text in instructions]
         except ValueError as error:
@@ -278,7 +289,8 @@ class Gr00tPolicy(nn.Module):
 
     def context(self, images: Tensor, state: Tensor, prompt: Tensor):
         """What the denoising steps need of raw observations: images (B, V, H, W, 3), state (B, d), prompt (B,)."""
-        features = self.net.backbone(self.prompts[prompt], self.processor.images(images))
+        with torch.autocast(self.prompts.device.type, torch.bfloat16, self.bf16):
+            features = self.net.backbone(self.prompts[prompt], self.processor.images(images))
         state = self.processor.normalize_state(state)
         return self.net.action_head.encode(features, state, self.embodiment(len(state)))
 
@@ -289,7 +301,7 @@ class Gr00tPolicy(nn.Module):
         start = noise.normal(len(obs.state), config.action_horizon, config.action_dim)  # (N, H, A)
         for i in range(0, len(start), self.micro_batch_size):
             rows = slice(i, i + self.micro_batch_size)
-            context = self.context(*(x[rows] for x in obs))
+            context = self.context(obs.images[rows], obs.state[rows], obs.prompt[rows])
             x = self.net.action_head.sample(context, self.embodiment(len(start[rows])), start[rows], self.steps)
             actions.append(self.processor.unnormalize_action(x))
         return PolicyOutput(torch.cat(actions))
@@ -390,8 +402,8 @@ def collect(args: Args, env: ChunkEnv, action_horizon: int, logger: RunLogger) -
 
 
 # ======== loss ========================================================================================================
-def flow_matching_loss(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor, generator: torch.Generator) -> Tensor:
-    """GR00T's imitation loss on some demonstrations, (B,) row indices; a scalar."""
+def flow_matching_loss(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """GR00T's imitation loss, a scalar, on some demonstrations: row indices (B,), noise (B, H, A), times (B,)."""
     device = policy.prompts.device
     images, state, prompt, action = (x[rows].to(device) for x in demos)
     with torch.set_grad_enabled(policy.net.backbone.training):
@@ -399,10 +411,8 @@ def flow_matching_loss(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor,
     target = policy.processor.normalize_action(action)  # (B, H, A)
     mask = torch.zeros_like(target)
     mask[..., : policy.processor.valid_action_dims] = 1.0
-    noise = torch.randn(target.shape, generator=generator).to(device)
-    t = policy.net.action_head.sample_time(len(rows), generator).to(device)
     row = policy.embodiment(len(rows))
-    return policy.net.action_head.flow_matching_loss(context, row, target, mask, noise, t)
+    return policy.net.action_head.flow_matching_loss(context, row, target, mask, noise.to(device), t.to(device))
 
 
 # ======== train =======================================================================================================
@@ -432,14 +442,20 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tPolicy, logger: RunLogger, ins
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = torch.randint(len(demos.state), (args.batch_size,), generator=generator)
-        loss = flow_matching_loss(policy, demos, rows.to(demos.state.device), generator)
+        noise = torch.randn(len(rows), policy.chunk, policy.net.config.action_dim, generator=generator)
+        t = policy.net.action_head.sample_time(len(rows), generator)
+        loss = torch.zeros((), device=args.device)
         optimizer.zero_grad()
-        loss.backward()
+        for micro in torch.arange(len(rows)).split(args.micro_batch_size):
+            own = rows[micro].to(demos.state.device)
+            part = flow_matching_loss(policy, demos, own, noise[micro], t[micro]) * (len(micro) / len(rows))
+            part.backward()
+            loss += part.detach()
         torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         decay = min(args.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(smooth, [p.detach() for p in parameters], 1 - decay)
-        running = loss.detach() if running is None else torch.lerp(running, loss.detach(), 0.02)
+        running = loss if running is None else torch.lerp(running, loss, 0.02)
         last = step + 1 == args.steps
         evaluated = last or (args.eval_every and (step + 1) % args.eval_every == 0)
         if evaluated or (step + 1) % 50 == 0:

@@ -40,11 +40,8 @@ METHODS: dict[str, tuple[str, str]] = {
     "grpo": ("grpo_gr00t.py", ""),
     "ppo": ("ppo_gr00t_frozen.py", ""),
     "ppo-privileged": ("ppo_gr00t_frozen.py", "--critic-obs privileged"),
-    "ppo-lora": ("ppo_gr00t_lora.py", "--critic-obs privileged"),
-    "ppo-unfreeze": (
-        "ppo_gr00t_lora.py",
-        f"--critic-obs privileged {UNFREEZE} --unfreeze critic head:3 vl:20% llm:40% vision:60%",
-    ),
+    "ppo-lora": ("ppo_gr00t_lora.py", ""),
+    "ppo-unfreeze": ("ppo_gr00t_lora.py", f"{UNFREEZE} --unfreeze critic head:3 vl:20% llm:40%:1e-4 vision:60%:1e-4"),
 }
 
 
@@ -71,9 +68,11 @@ def command(args: Args, method: str, seed: int) -> list[str]:
     script, flags = METHODS[method]
     flags = f"{flags} {args.extra.get(method, '')}".split()
     for i, flag in enumerate(flags):  # stages of an unfreezing schedule, in shares of the run
-        name, _, share = flag.partition(":")
+        name, _, rest = flag.partition(":")
+        share, _, rate = rest.partition(":")
         if share.endswith("%"):
-            flags[i] = f"{name}:{round(args.iterations * float(share[:-1]) / 100)}"
+            start = round(args.iterations * float(share[:-1]) / 100)
+            flags[i] = f"{name}:{start}" + (f":{rate}" if rate else "")
     same = {"task": args.task, "checkpoint": args.checkpoint, "device": args.device, "num-envs": args.num_envs}
     same |= {"seed": seed, "eval-episodes": args.eval_episodes, "eval-seed": args.eval_seed, "exp-name": f"{method}-s{seed}"}
     if "--evaluate" not in flags:

@@ -43,6 +43,7 @@ from tests.test_grpo_math import ALONE, NOISES, close, gradient, perturb
 torch.set_num_threads(1)
 TASK = "Tabletop-Lift-Cube-v0"
 HORIZON, CHUNK, CHUNKS = 32, 8, 4  # steps of an episode and of a chunk (the fixture network's horizon); chunks
+PRIVILEGED = TASKS[TASK].privileged  # numbers of the simulator's state
 VALID = 4  # action dimensions that are not padding
 MIXED = (0, 99, 2, 99, 1, 99, 99, 3)  # the chunk in which an environment succeeds; 99: never
 
@@ -57,7 +58,7 @@ def make(checkpoint, **overrides) -> tuple[Args, Gr00tActorCritic]:
 def observation(args: Args, n: int, seed: int, steps: int = 0) -> Observation:
     g = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (n, 1, 64, 64, 3), generator=g, dtype=torch.uint8)
-    state, hidden = torch.randn(n, 5, generator=g), torch.randn(n, 19, generator=g)
+    state, hidden = torch.randn(n, 5, generator=g), torch.randn(n, PRIVILEGED, generator=g)
     own = hidden if args.critic_obs == "privileged" else state
     return Observation(images, state, torch.arange(n) % 2, torch.cat([own, torch.full((n, 1), steps / HORIZON)], 1))
 
@@ -141,7 +142,7 @@ def update_gradients(args: Args, policy: Gr00tActorCritic, batch: Batch) -> tupl
 # ---------------------------------------------------------------- who gets a gradient
 
 
-@pytest.mark.parametrize("critic_obs, columns", [("features", 96 + 5 + 1), ("privileged", 19 + 1)])
+@pytest.mark.parametrize("critic_obs, columns", [("features", 96 + 5 + 1), ("privileged", PRIVILEGED + 1)])
 def test_critic_and_policy_do_not_share_a_gradient(tiny_checkpoint, critic_obs, columns):
     args, policy = make(tiny_checkpoint, critic_obs=critic_obs, kl_coef=0.1)
     perturb_critic(policy)
@@ -175,7 +176,7 @@ def test_features_and_privileged_state_reach_the_critic(tiny_checkpoint):
     assert torch.equal(policy.critic_input(obs._replace(features=features)), found)
     args, policy = make(tiny_checkpoint, critic_obs="privileged")
     obs = observation(args, 8, 1)
-    assert torch.equal(policy.critic_input(obs), obs.critic) and obs.critic.shape == (8, 20)
+    assert torch.equal(policy.critic_input(obs), obs.critic) and obs.critic.shape == (8, PRIVILEGED + 1)
 
 
 # ---------------------------------------------------------------- the gradient of a minibatch, in float64

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ppo_gr00t_frozen import TASKS
 from tests import test_runs
 from tests.test_runs import ROOT, metrics
 
@@ -21,6 +22,7 @@ WHOLE = (
     "--exp-name whole --iterations 7 --save-every 3 --eval-every 4 --seed 5 --critic-warmup 2 --critic-obs privileged "
     "--rollout-chunks 2 --kl-coef 0.01 --kl-target 0.001 --learning-rate 1e-3"
 ).split()
+PRIVILEGED = TASKS["Tabletop-Lift-Cube-v0"].privileged  # numbers of the simulator's state
 UPDATE = {f"update/{name}" for name in ("loss", "clip_frac", "approx_kl", "kl_base", "grad_norm", "first_ratio_error")}
 
 
@@ -53,11 +55,11 @@ def test_run_leaves_everything(whole):
     assert checkpoints == {"best", "step_000006", "step_000007"}
     for name in checkpoints:
         critic = load_file(made / "checkpoints" / name / "critic.safetensors")
-        assert critic["layers.0.weight"].shape == (256, 20)  # the simulator's state, and time
+        assert critic["layers.0.weight"].shape == (256, PRIVILEGED + 1)  # the simulator's state, and time
         assert critic["moments"][0, 0] % 64 == 0 and critic["value.weight"].abs().max() > 0
     assert critic["moments"].dtype == torch.float64
     newest = made / "checkpoints/step_000007"
-    assert load_file(newest / "critic.safetensors")["moments"][0].tolist() == [7 * 2 * 32] * 20
+    assert load_file(newest / "critic.safetensors")["moments"][0].tolist() == [7 * 2 * 32] * (PRIVILEGED + 1)
     assert "physics: C MuJoCo" in out and "gae: torch path" in out
 
 
