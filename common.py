@@ -291,6 +291,15 @@ def per_step(steps: int, k: Tensor, *figures: Tensor) -> Tensor:
     return columns.new_zeros(steps, columns.shape[1]).index_add(0, k.flatten(), columns)
 
 
+def step_means(sums: list[float], names: tuple[str, ...]) -> dict[str, float]:
+    """Metrics per denoising step, update/<name>_k<step>, from the flattened sums of `per_step`."""
+    metrics, width = {}, len(names) + 1
+    for k in range(len(sums) // width):
+        *figures, count = sums[k * width : (k + 1) * width]
+        metrics |= {f"update/{name}_k{k}": value / max(count, 1.0) for name, value in zip(names, figures)}
+    return metrics
+
+
 def explained_variance(target: list[float], error: list[float], n: float) -> float:
     """1 - var(error) / var(target), from sums and sums of squares."""
     spread, rest = (square / n - (total / n) ** 2 for total, square in (target, error))
@@ -920,6 +929,43 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run."""
     found = sorted((run_dir / "checkpoints").glob("step_*/trainer_state.pt"))
     return found[-1].parent if found else None
+
+
+def load_run(args: Any, run_dir: Path, load: Callable[[Path], Any]) -> dict | None:
+    """What `save_checkpoint` wrote last, for --resume: `load(folder)` takes the policy, the rest is returned.
+
+    Raises:
+        UsageError: the checkpoint is damaged.
+    """
+    if not args.resume:
+        return None
+    import torch
+
+    folder = latest_checkpoint(run_dir)
+    try:
+        load(folder)
+        return torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
+    except Exception as error:  # torch.load has many kinds
+        raise UsageError(f"--resume {args.resume}: {folder.name} is damaged ({error!r}); remove it") from error
+
+
+def start_logger(args: Any, run_dir: Path, script: str, sources: list[Path], state: dict | None, ranks: Ranks) -> RunLogger:
+    """The run's logger; a resumed run goes on in its files.
+
+    Raises:
+        UsageError: the run's folder cannot be written.
+    """
+    try:
+        return RunLogger(
+            run_dir, dataclasses.asdict(args), script=script, total_iterations=args.iterations,
+            track=args.track, wandb_project=args.wandb_project,
+            resume_iteration=state["iteration"] if state else 0,
+            is_main=ranks.rank == 0,
+            device=args.device,
+            sources=sources,
+        )  # fmt: skip
+    except OSError as error:
+        raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
 
 
 def save_checkpoint(args: Any, policy: Any, optimizer: Any, run: dict, name: str, logger: RunLogger) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
@@ -693,6 +694,35 @@ def activation_bytes(config: Gr00tConfig, length: int, views: int, backbone: boo
         blocks += [(config.vision_layers, views * config.tokens_per_view * config.vision_hidden_size)]
     each = 1 if checkpointing else 20  # in units of a block's input: norms, q, k, v, attention, feed-forward's 4 + 4
     return 4 * sum(layers * size * each for layers, size in blocks)
+
+
+def memory_plan(args, policy: nn.Module, samples: int, steps: int, views: int, length: int) -> tuple[str, str]:
+    """What training takes, estimated, and which flag helps where the samples of a rollout do not fit ("" if they do).
+
+    Args:
+        args: device, feature_cache, backbone_bf16, activation_checkpointing, micro_batch_size.
+        policy: with a Gr00tN1d5 as `net`.
+        samples, steps: policy calls kept for an update, with so many denoising steps each.
+        views, length: cameras and prompt tokens.
+    """
+    config, cache = policy.net.config, args.feature_cache
+    through = any(p.requires_grad for p in policy.net.backbone.parameters())  # gradients reach the backbone
+    element = 2 if args.backbone_bf16 else next(policy.net.backbone.parameters()).element_size()
+    chain = 8 * steps * config.action_horizon * config.action_dim
+    images, features = 3 * views * config.image_size**2, length * config.text_hidden_size * element
+    one = activation_bytes(config, length, views, through, args.activation_checkpointing)
+    sizes = {
+        "weights": sum(p.nbytes for p in policy.parameters()),
+        "gradients and AdamW": 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad),  # three times fp32
+        f"{samples} samples an iteration": samples * (chain + (images if through or cache == "off" else features)),
+        "activations": min(args.micro_batch_size, samples) * one,
+    }
+    host = args.device == "cpu" or (cache == "cpu" and not through)
+    free = psutil.virtual_memory().available if host else torch.cuda.mem_get_info()[0]
+    plan = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
+    plan += f" GB (estimated), {free / 1e9:.1f} GB free {'on the host' if host else 'on the GPU'}"
+    lacking = sizes[f"{samples} samples an iteration"] > free
+    return plan, f"--feature-cache {'off' if host else 'cpu'}" if lacking else ""
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoint files

@@ -139,7 +139,6 @@ ARGS = tyro.cli(Args) if __name__ == "__main__" else None
 
 import gymnasium as gym
 import numpy as np
-import psutil
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -157,7 +156,7 @@ from common import (
     check_numbers,
     explained_variance,
     gae,
-    latest_checkpoint,
+    load_run,
     merge_moments,
     peak_memory_gb,
     per_step,
@@ -166,11 +165,13 @@ from common import (
     run_name,
     save_checkpoint,
     standardize,
+    start_logger,
+    step_means,
     steps_per_second,
     to_host,
     wilson_interval,
 )  # fmt: skip
-from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, activation_bytes, is_full_size
+from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, memory_plan
 
 
 def resolve(args: Args) -> Args:
@@ -470,6 +471,7 @@ class Critic(nn.Module):
         self.layers = nn.Sequential(*(layer for a, b in sizes for layer in (nn.Linear(a, b), nn.SiLU())))
         self.value = nn.Linear(width // 4, 1)
         nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Values (B,) of inputs (B, inputs)."""
@@ -967,12 +969,9 @@ def describe_iteration(batch: Batch, sums: dict, extremes: dict, args: Args, ran
         for name in ("loss", "clip_frac", "approx_kl"):
             metrics[f"update/{name}"] = host[name][0] / moved
         metrics |= {f"update/{name}": host[name][0] for name in extremes}
-        base = np.reshape(host["base_per_step"], (-1, 2))  # (K, 2) sum and number
-        metrics["update/kl_base"] = base[:, 0].sum() / host["kl_samples"][0]
-        for k, (*figures, count) in enumerate(np.reshape(host["per_step"], (-1, 4))):
-            for name, value in zip(("clip_frac", "ratio", "approx_kl"), figures):
-                metrics[f"update/{name}_k{k}"] = value / max(count, 1.0)
-            metrics[f"update/kl_base_k{k}"] = base[k, 0] / max(base[k, 1], 1.0)
+        metrics["update/kl_base"] = sum(host["base_per_step"][::2]) / host["kl_samples"][0]
+        metrics |= step_means(host["per_step"], ("clip_frac", "ratio", "approx_kl"))
+        metrics |= step_means(host["base_per_step"], ("kl_base",))
     return metrics
 
 
@@ -1058,7 +1057,7 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
             **{f"sps/{name}": value for name, value in steps_per_second(per_iteration, seconds).items()},
             **{f"time/{name}": value for name, value in seconds.items()},
         }
-        if args.kl_target and moving:
+        if args.kl_target and "update/kl_base" in metrics:
             share = metrics["update/kl_base"] / args.kl_target
             args.kl_coef = run["kl_coef"] = args.kl_coef * (1.5 if share > 2 else 1 / 1.5 if share < 0.5 else 1.0)
         last = iteration + 1 == args.iterations
@@ -1077,6 +1076,7 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
     after = result or evaluate(args, env, policy, ranks)
     sde = evaluate(args, env, policy, ranks, explore=True)
     logger.event(f"ODE success after: {show(after)} (before: {show(run['before'])})")
+    logger.event(f"peak memory: {peak_memory_gb(args.device):.2f} GB")
     if args.capture_video:
         record(args, env, policy, ranks, logger, "after")
     logger.summary(
@@ -1108,28 +1108,12 @@ def check_memory(args: Args, policy: nn.Module, ranks: Ranks) -> str:
     Raises:
         UsageError: what the rollout keeps for the update needs more memory than is free.
     """
-    config, views, cache = policy.net.config, len(TASKS[args.task].cameras), args.feature_cache
-    through = any(p.requires_grad for p in policy.net.backbone.parameters())  # gradients reach the backbone
     samples = args.num_envs // ranks.world * policy.rollout_chunks
-    chain = 8 * (policy.stochastic_steps if policy.all_steps else 1) * config.action_horizon * config.action_dim
-    element = 2 if args.backbone_bf16 else next(policy.net.backbone.parameters()).element_size()
-    features = policy.prompts.shape[1] * config.text_hidden_size * element
-    kept = samples * (chain + (3 * views * config.image_size**2 if through or cache == "off" else features))
-    one = activation_bytes(config, policy.prompts.shape[1], views, through, args.activation_checkpointing)
-    sizes = {
-        "weights": sum(p.nbytes for p in policy.parameters()),
-        "gradients and AdamW": 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad),  # three times fp32
-        f"{samples} samples an iteration": kept,
-        "activations": min(args.micro_batch_size, samples) * one,
-    }
-    host = args.device == "cpu" or (cache == "cpu" and not through)
-    free = psutil.virtual_memory().available if host else torch.cuda.mem_get_info()[0]
-    plan = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
-    where = f"{free / 1e9:.1f} GB free {'on the host' if host else 'on the GPU'}"
-    if kept > free:
-        remedy = f"--feature-cache {'off' if host else 'cpu'}"
-        raise UsageError(f"--num-envs {args.num_envs}: {plan}, but {where}; use fewer, or {remedy}")
-    return f"{plan} GB (estimated), {where}"
+    steps = policy.stochastic_steps if policy.all_steps else 1
+    plan, remedy = memory_plan(args, policy, samples, steps, len(TASKS[args.task].cameras), policy.prompts.shape[1])
+    if remedy:
+        raise UsageError(f"--num-envs {args.num_envs}: {plan}; use fewer, or {remedy}")
+    return plan
 
 
 # ======== evaluate ====================================================================================================
@@ -1186,25 +1170,9 @@ def main(args: Args) -> None:
     args.exp_name = ranks.broadcast(args.exp_name)
     run_dir = Path(args.resume or Path("runs") / args.exp_name)
     policy = Gr00tActorCritic(args)
-    plan, state = check_memory(args, policy, ranks), None
-    if args.resume:
-        folder = latest_checkpoint(run_dir)
-        try:
-            policy.load(folder)
-            state = torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
-        except Exception as error:  # torch.load has many kinds
-            raise UsageError(f"--resume {args.resume}: {folder.name} is damaged ({error!r}); remove it") from error
-    try:
-        logger = RunLogger(
-            run_dir, dataclasses.asdict(args), script=__file__, total_iterations=args.iterations,
-            track=args.track, wandb_project=args.wandb_project,
-            resume_iteration=state["iteration"] if state else 0,
-            is_main=ranks.rank == 0,
-            device=args.device,
-            sources=[HERE / "gr00t_n1d5.py", HERE / f"{TASKS[args.task].module}.py"],
-        )  # fmt: skip
-    except OSError as error:
-        raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
+    plan, state = check_memory(args, policy, ranks), load_run(args, run_dir, policy.load)
+    sources = [HERE / "gr00t_n1d5.py", HERE / f"{TASKS[args.task].module}.py"]
+    logger = start_logger(args, run_dir, __file__, sources, state, ranks)
     logger.listen(TASKS[args.task].module)
     logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs; {plan}")
     logger.event(f"instructions: {'; '.join(policy.instructions)}")

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -145,6 +144,7 @@ from common import (
     check_numbers,
     gae,
     latest_checkpoint,
+    load_run,
     merge_moments,
     peak_memory_gb,
     pick_device,
@@ -152,6 +152,7 @@ from common import (
     run_name,
     save_checkpoint,
     seeded_generator,
+    start_logger,
     steps_per_second,
     to_host,
 )  # fmt: skip
@@ -887,24 +888,9 @@ def main(args: Args) -> None:
     run_dir = Path(args.resume or Path("runs") / args.exp_name)
     groups = {"--obs-groups": args.obs_groups, "--critic-groups": args.critic_groups or ()}
     cfg = task_config(args.task, args.device, args.num_envs // ranks.world, args.physics, args.overrides, groups)
-    state, folder = None, args.checkpoint
-    if args.resume:
-        folder = latest_checkpoint(run_dir)
-        try:
-            state = torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
-        except Exception as error:  # torch.load has many kinds
-            raise UsageError(f"--resume {args.resume}: {folder.name} is damaged ({error!r}); remove it") from error
-    try:
-        logger = RunLogger(
-            run_dir, dataclasses.asdict(args), script=__file__, total_iterations=args.iterations,
-            track=args.track, wandb_project=args.wandb_project,
-            resume_iteration=state["iteration"] if state else 0,
-            is_main=ranks.rank == 0,
-            device=args.device,
-            sources=[HERE / "stock_tasks.py"],
-        )  # fmt: skip
-    except OSError as error:
-        raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
+    state = load_run(args, run_dir, lambda folder: None)  # the policy is loaded where it is made
+    folder = latest_checkpoint(run_dir) if state else args.checkpoint
+    logger = start_logger(args, run_dir, __file__, [HERE / "stock_tasks.py"], state, ranks)
     logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs, {args.num_steps} steps a rollout")
     if asked not in (None, args.task):
         logger.event(f"{asked} is called {args.task} in this Isaac Lab")

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -127,12 +126,14 @@ from common import (
     check_numbers,
     gae,
     latest_checkpoint,
+    load_run,
     peak_memory_gb,
     pick_device,
     resumed_args,
     run_name,
     save_checkpoint,
     seeded_generator,
+    start_logger,
     steps_per_second,
     to_host,
 )  # fmt: skip
@@ -789,24 +790,9 @@ def main(args: Args) -> None:
     run_dir = Path(args.resume or Path("runs") / args.exp_name)
     cfg = task_config(args.task, args.device, args.num_envs // ranks.world, args.physics, args.overrides, {}, True)
     colour_camera(args.task, cfg)  # refuses a task that has none
-    state, folder = None, args.checkpoint
-    if args.resume:
-        folder = latest_checkpoint(run_dir)
-        try:
-            state = torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
-        except Exception as error:  # torch.load has many kinds
-            raise UsageError(f"--resume {args.resume}: {folder.name} is damaged ({error!r}); remove it") from error
-    try:
-        logger = RunLogger(
-            run_dir, dataclasses.asdict(args), script=__file__, total_iterations=args.iterations,
-            track=args.track, wandb_project=args.wandb_project,
-            resume_iteration=state["iteration"] if state else 0,
-            is_main=ranks.rank == 0,
-            device=args.device,
-            sources=[HERE / "stock_tasks.py"],
-        )  # fmt: skip
-    except OSError as error:
-        raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
+    state = load_run(args, run_dir, lambda folder: None)  # the policy is loaded where it is made
+    folder = latest_checkpoint(run_dir) if state else args.checkpoint
+    logger = start_logger(args, run_dir, __file__, [HERE / "stock_tasks.py"], state, ranks)
     logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs, {args.num_steps} steps a rollout")
     if asked not in (None, args.task):
         logger.event(f"{asked} is called {args.task} in this Isaac Lab")

@@ -406,13 +406,23 @@ def flow_matching_loss(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor,
     """GR00T's imitation loss, a scalar, on some demonstrations: row indices (B,), noise (B, H, A), times (B,)."""
     device = policy.prompts.device
     images, state, prompt, action = (x[rows].to(device) for x in demos)
-    with torch.set_grad_enabled(policy.net.backbone.training):
-        context = policy.context(images, state, prompt)
+    context = policy.context(images, state, prompt)  # without gradients in the backbone where it is frozen
     target = policy.processor.normalize_action(action)  # (B, H, A)
     mask = torch.zeros_like(target)
     mask[..., : policy.processor.valid_action_dims] = 1.0
     row = policy.embodiment(len(rows))
     return policy.net.action_head.flow_matching_loss(context, row, target, mask, noise.to(device), t.to(device))
+
+
+def backward(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Adds a batch's gradients up, one micro-batch at a time; the loss without its graph."""
+    total = torch.zeros((), device=policy.prompts.device)
+    for micro in torch.arange(len(rows)).split(policy.micro_batch_size):
+        own = rows[micro].to(demos.state.device)
+        loss = flow_matching_loss(policy, demos, own, noise[micro], t[micro]) * (len(micro) / len(rows))
+        loss.backward()
+        total += loss.detach()
+    return total
 
 
 # ======== train =======================================================================================================
@@ -424,7 +434,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tPolicy, logger: RunLogger, ins
     video = {name: {"resolution": [size, size], "channels": 3, "fps": 25} for name in env.task.cameras}
     action, tokenizer = demos.action.flatten(0, 1), policy.processor.tokenizer
     policy.processor = make_processor(args, policy.net.config, demos.state, action, video, tokenizer).to(args.device)
-    policy.net.backbone.train(args.tune == "all").requires_grad_(args.tune == "all")
+    policy.net.backbone.requires_grad_(args.tune == "all")
     parameters = [p for p in policy.net.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
@@ -444,13 +454,8 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tPolicy, logger: RunLogger, ins
         rows = torch.randint(len(demos.state), (args.batch_size,), generator=generator)
         noise = torch.randn(len(rows), policy.chunk, policy.net.config.action_dim, generator=generator)
         t = policy.net.action_head.sample_time(len(rows), generator)
-        loss = torch.zeros((), device=args.device)
         optimizer.zero_grad()
-        for micro in torch.arange(len(rows)).split(args.micro_batch_size):
-            own = rows[micro].to(demos.state.device)
-            part = flow_matching_loss(policy, demos, own, noise[micro], t[micro]) * (len(micro) / len(rows))
-            part.backward()
-            loss += part.detach()
+        loss = backward(policy, demos, rows, noise, t)
         torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         decay = min(args.ema, (1 + step) / (10 + step))

@@ -305,6 +305,17 @@ def test_policy_and_critic_are_clipped_apart(tiny_checkpoint):
         assert close(clipped, g * args.max_grad_norm / g.norm(), 1e-4)
 
 
+def test_log_ratio_is_clamped(tiny_checkpoint):
+    args, policy = make(tiny_checkpoint, log_ratio_clamp=2.0)
+    batch, row = collect(args, policy), torch.tensor([3])
+    batch.flat["advantage"][row] = -1.0  # not bounded by the clip
+    batch.flat["log_prob"][row] -= 1000.0
+    loss, _, error = ppo_loss(policy, batch, row, args, False)
+    assert math.isclose(loss.item(), math.exp(2.0), rel_tol=1e-5) and math.isclose(error, math.exp(2.0) - 1, rel_tol=1e-5)
+    loss.backward()
+    assert gradient(policy).abs().max() == 0
+
+
 # ---------------------------------------------------------------- rewards, advantages, episodes
 
 
@@ -447,7 +458,8 @@ def test_further_epochs_are_the_critics_alone(tiny_checkpoint):
         batch = collect(args, policy)
         plan = plan_of(args, batch)
         optimizer = optimizer_of(policy, torch.optim.AdamW, 1e-3, 1e-3)
-        sums, _ = update(policy, optimizer, batch, plan if name == "all" else plan[:2], args, ALONE)
+        sums, extremes = update(policy, optimizer, batch, plan if name == "all" else plan[:2], args, ALONE)
+        assert extremes["first_ratio_error"] < 1e-5  # of the first minibatch alone
         found[name] = weights(policy.trainable()), weights(policy.critic.parameters()), sums["policy_samples"]
     assert torch.equal(found["all"][0], found["of the policy"][0]) and found["all"][2] == found["of the policy"][2] == 26
     assert not torch.equal(found["all"][1], found["of the policy"][1])
@@ -485,9 +497,11 @@ def test_learning_rate_starts_after_the_warm_up_of_the_critic(tiny_checkpoint):
 def test_values_are_zero_at_first(tiny_checkpoint, critic_obs):
     args, policy = make(tiny_checkpoint, critic_obs=critic_obs)
     assert policy.value(observation(args, 8, 1)).abs().max() == 0
-    for seed in (1, 2):  # neither the seed nor what was drawn before decides the sampler's weights
+    for seed in (1, 2):  # --seed alone decides the weights, and nothing drawn later changes
         torch.manual_seed(seed)
+        state = torch.get_rng_state()
         again = make(tiny_checkpoint, critic_obs=critic_obs)[1]
+        assert torch.equal(torch.get_rng_state(), state)
         assert torch.equal(weights(again.critic.parameters()), weights(policy.critic.parameters()))
     other = make(tiny_checkpoint, critic_obs=critic_obs, seed=2)[1]
     assert not torch.equal(weights(other.critic.parameters()), weights(policy.critic.parameters()))
@@ -558,6 +572,23 @@ def test_inputs_are_standardised_by_what_came_before(tiny_checkpoint, logger, mo
     assert torch.allclose(given[0], expected, atol=1e-3)
 
 
+def test_learning_rates_of_a_run(tiny_checkpoint, logger, monkeypatch):
+    args, policy = make(tiny_checkpoint, **SHORT, learning_rate=1e-4, critic_lr=3e-3, lr_warmup=1)
+    rates = []
+
+    def update_and_look(policy, optimizer, *given):
+        groups = optimizer.param_groups
+        rates.append([group["lr"] for group in groups])
+        assert list(map(id, groups[0]["params"])) == list(map(id, policy.trainable()))
+        assert list(map(id, groups[1]["params"])) == list(map(id, policy.critic.parameters()))
+        return update(policy, optimizer, *given)
+
+    monkeypatch.setattr(ppo, "update", update_and_look)
+    rows = training(args, policy, logger, monkeypatch)
+    assert rates == [[learning_rate(args, i), 3e-3] for i in range(3)] and rates[1][0] == 0.5e-4
+    assert [row["update/learning_rate"] for row in rows] == [rate for rate, _ in rates]
+
+
 def test_kl_coefficient_follows_its_target(tiny_checkpoint, logger, monkeypatch):
     args, policy = make(tiny_checkpoint, **SHORT | {"iterations": 6}, kl_coef=0.1, kl_target=2e-3, learning_rate=2e-3)
     rows = training(args, policy, logger, monkeypatch)
@@ -606,7 +637,7 @@ def test_ratio_is_one_before_the_first_update(tiny_checkpoint, noise):
 
 @pytest.mark.parametrize("noise", ["flow-sde", "flow-cps-all"])
 def test_metrics_are_means_over_the_samples(tiny_checkpoint, noise):
-    args, policy = make(tiny_checkpoint, noise=noise, kl_coef=0.1, clip=0.3, micro_batch_size=5, critic_epochs=2, epochs=2)
+    args, policy = make(tiny_checkpoint, noise=noise, kl_coef=0.1, clip=0.3, micro_batch_size=5, critic_epochs=3, epochs=2)
     perturb_critic(policy)
     batch = collect(args, policy)
     perturb(policy, 0.005)
@@ -645,15 +676,16 @@ def test_metrics_are_means_over_the_samples(tiny_checkpoint, noise):
     assert math.isclose(metrics["rollout/log_prob"], flat["log_prob"].sum(1).mean(), rel_tol=1e-4)
 
 
-def test_success_is_told_of_episodes_that_ended(tiny_checkpoint):
-    args, policy = make(tiny_checkpoint, rollout_chunks=3)
+@pytest.mark.parametrize("chunks, expected", [(3, [None, 0.5, 0.75]), (8, [0.625])])
+def test_success_is_told_of_episodes_that_ended(tiny_checkpoint, chunks, expected):
+    args, policy = make(tiny_checkpoint, rollout_chunks=chunks)
     env = FakeEnv(args, [MIXED, (0, 0, 0, 0, 0, 0, 99, 99)])
     successes = []
-    for iteration in range(3):
+    for iteration in range(len(expected)):
         batch = rollout(env, policy, args, iteration, ALONE, StageTimer("cpu"))
         update_figures = update(policy, optimizer_of(policy), batch, [], args, ALONE)
         successes.append(describe_iteration(batch, *update_figures, args, ALONE).get("rollout/success"))
-    assert successes == [None, 0.5, 0.75]
+    assert successes == expected
 
 
 # ---------------------------------------------------------------- memory options, for this script and its sibling
@@ -676,12 +708,14 @@ def gradient_with(script, checkpoint, **overrides) -> dict:
     tools = ppo_tools if script == "ppo" else grpo_tools
     args, policy = tools["make"](checkpoint, kl_coef=0.01, chunk=8, epochs=1, **overrides)
     batch, start = tools["collect"](args, policy), tools["gradient"]
-    backbone = Counter(policy.net.backbone)
+    backbone, inside = Counter(policy.net.backbone), set()
+    policy.net.backbone.mlp1.register_forward_hook(lambda module, inputs, out: inside.add(out.dtype))
     first = start(args, policy, batch)[1]
     perturb(policy)
     blocks = Counter(*(block.ff for block in policy.blocks()))
     found = start(args, policy, batch)[0]
-    return {"batch": batch, "gradient": found, "error": float(first), "backbone": backbone.calls, "blocks": blocks.calls}
+    counted = {"backbone": backbone.calls, "blocks": blocks.calls, "inside": inside}
+    return {"batch": batch, "gradient": found, "error": float(first)} | counted
 
 
 def of_ppo(args, policy, batch) -> tuple[Tensor, Tensor]:
@@ -722,6 +756,7 @@ def test_a_backbone_in_bfloat16_changes_little(tiny_checkpoint, script):
         found = gradient_with(script, tiny_checkpoint, backbone_bf16=True, feature_cache=cache)
         if cache == "gpu":
             assert found["batch"].flat["features"].dtype == torch.bfloat16
+        assert found["inside"] == (set() if cache == "gpu" else {torch.bfloat16})  # not merely rounded afterwards
         assert torch.cosine_similarity(found["gradient"], plain["gradient"], 0) > 0.99
         assert not close(found["gradient"], plain["gradient"], 1e-5)
         assert found["error"] < 1e-5, cache
