@@ -301,9 +301,9 @@ def step_means(sums: list[float], names: tuple[str, ...]) -> dict[str, float]:
 
 
 def explained_variance(target: list[float], error: list[float], n: float) -> float:
-    """1 - var(error) / var(target), from sums and sums of squares."""
+    """1 - var(error) / var(target), from sums and sums of squares; 0 where the targets are all alike."""
     spread, rest = (square / n - (total / n) ** 2 for total, square in (target, error))
-    return 1 - rest / max(spread, 1e-12)
+    return 1 - rest / spread if spread > 1e-8 else 0.0
 
 
 def wilson_interval(successes: float, episodes: float, z: float = 1.96) -> tuple[float, float]:

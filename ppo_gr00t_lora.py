@@ -89,7 +89,7 @@ class Args:
     plateau: int = 20  # iterations without better success after which a stage that waits for it begins
     unfreeze_kl: float = 100.0  # no stage begins while the KL to the base is above this
     merged_export: bool = True  # checkpoints hold the merged network, too
-    clip_value: float | None = None  # clip range of the value's change, in units of the return
+    value_clip: float | None = None  # clip range of the value's change, in units of the return
     normalize_advantages: bool = True  # to mean 0 and std 1 over a rollout's samples
     chunk: int | None = None  # actions executed per policy call (the model's action horizon by default)
     denoise_steps: int = 4  # K, denoising steps per policy call
@@ -192,7 +192,7 @@ def resolve(args: Args) -> Args:
         raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
     positive = "num_envs iterations save_every keep_checkpoints denoise_steps noise_level learning_rate clip epochs"
     positive += " minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk"
-    positive += " rollout_chunks critic_lr critic_epochs clip_value kl_target lora_rank lora_alpha"
+    positive += " rollout_chunks critic_lr critic_epochs value_clip kl_target lora_rank lora_alpha"
     positive += " llm_layers plateau unfreeze_kl"
     others = "kl_coef lr_warmup lr_hold eval_every eval_episodes seed eval_seed gamma gae_lambda critic_warmup lora_dropout"
     check_numbers(args, positive, others)
@@ -602,7 +602,9 @@ class Gr00tActorCritic(nn.Module):
     # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.value
     def value(self, obs: Observation) -> Tensor:
         """Values (B,) of observations."""
-        return self.critic(self.critic_input(obs))
+        parts = torch.arange(len(obs.state), device=obs.state.device).split(self.micro_batch_size)
+        each = (Observation(*(x if x is None else x[rows] for x in obs)) for rows in parts)
+        return torch.cat([self.critic(self.critic_input(part)) for part in each])
 
     # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.act
     @torch.no_grad()
@@ -882,12 +884,12 @@ def ppo_loss(policy: nn.Module, batch: Batch, rows: Tensor, args: Args, with_kl:
 
 # Copied from ppo_gr00t_frozen.py:value_loss
 def value_loss(policy: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Tensor:
-    """Half the squared error of the values, summed over rows (B,); clipped with --clip-value."""
+    """Half the squared error of the values, summed over rows (B,); clipped with --value-clip."""
     value, target = policy.critic(batch.select("critic", rows)), batch.select("target", rows)  # (B,)
     error = (value - target).square()
-    if args.clip_value:
+    if args.value_clip:
         old = batch.select("old_value", rows)
-        error = torch.maximum(error, (old + (value - old).clamp(-args.clip_value, args.clip_value) - target).square())
+        error = torch.maximum(error, (old + (value - old).clamp(-args.value_clip, args.value_clip) - target).square())
     return 0.5 * error.sum()
 
 

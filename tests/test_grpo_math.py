@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import grpo_gr00t
-from common import Noise, Ranks, RunLogger
+from common import Noise, Ranks, RunLogger, latest_checkpoint
 from gr00t_n1d5 import Gr00tN1d5
 from grpo_gr00t import (
     Args,
@@ -29,7 +29,6 @@ from grpo_gr00t import (
     describe_iteration,
     gaussian_log_prob,
     grpo_loss,
-    latest_checkpoint,
     learning_rate,
     plan_minibatches,
     resolve,

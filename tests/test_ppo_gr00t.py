@@ -227,16 +227,16 @@ class Reference:
 
 
 @pytest.mark.parametrize(
-    "noise, clip_value, normalize",
+    "noise, value_clip, normalize",
     [("flow-sde", None, True), ("flow-cps", 0.03, True), ("flow-sde-all", 0.03, False)],
 )
-def test_a_minibatch_has_the_gradient_of_the_definition(tiny_checkpoint, noise, clip_value, normalize):
+def test_a_minibatch_has_the_gradient_of_the_definition(tiny_checkpoint, noise, value_clip, normalize):
     """Two chunks in two environments: one succeeds in the second, the other is cut off there and bootstraps.
 
     The reference evaluates the networks in float64; their float32 inputs (chain, features, state) are taken as given.
     """
     args, policy = make(
-        tiny_checkpoint, num_envs=2, rollout_chunks=2, noise=noise, clip=0.1, clip_value=clip_value, kl_coef=0.3,
+        tiny_checkpoint, num_envs=2, rollout_chunks=2, noise=noise, clip=0.1, value_clip=value_clip, kl_coef=0.3,
         normalize_advantages=normalize, gamma=0.97, gae_lambda=0.8,
     )  # fmt: skip
     perturb(policy, 0.01)  # the rollout's policy is not the base
@@ -280,12 +280,12 @@ def test_a_minibatch_has_the_gradient_of_the_definition(tiny_checkpoint, noise, 
     for row in range(4):
         value = new.value(flat["features"][row], env.record[row // 2][3].critic[row % 2])
         error = (value - target[row]) ** 2
-        if clip_value:
-            near = v[row] + min(max(value.item() - v[row], -clip_value), clip_value)
+        if value_clip:
+            near = v[row] + min(max(value.item() - v[row], -value_clip), value_clip)
             changed.append((near - target[row]) ** 2 > error.item() and near != value.item())
             error = error * (not changed[-1])  # at the bound the clipped error does not depend on the value
         loss = loss + error / 2
-    assert not clip_value or 0 < sum(changed) < 4
+    assert not value_clip or 0 < sum(changed) < 4
     grads = torch.autograd.grad(loss / 4, list(new.critic.parameters()))
     assert close(found[1].double(), torch.cat([g.flatten() for g in grads]), 1e-4)
 
@@ -395,7 +395,6 @@ def test_advantages_and_returns_of_rollouts(tiny_checkpoint, chunks, resets, rew
 def test_a_success_is_worth_what_is_left_of_it(tiny_checkpoint):
     """With a critic that knows nothing and lambda 1: gamma per environment step, so gamma**chunk per chunk."""
     args, policy = make(tiny_checkpoint, gae_lambda=1.0, gamma=0.9)
-    policy.critic.value.bias.data.zero_()
     batch = collect(args, policy)
     target = batch.flat["target"].view(CHUNKS, 8)
     assert torch.allclose(target[:, 7], torch.tensor([0.9 ** (3 + 8 * k) for k in (3, 2, 1, 0)]))
@@ -806,7 +805,7 @@ SCRIPTS = {"halves": [MIXED], "one_empty": [(0, 1, 0, 2, 99, 1, 2, 99)]}
 
 
 def first_update(checkpoint: str, name: str, ranks: Ranks) -> dict:
-    """A rollout over this rank's environments, the rest of its episode with one step of the script's AdamW or of SGD.
+    """A rollout over this rank's environments, and one step on it of the script's AdamW, and of SGD at rate 1.
 
     With "one_empty" every environment of the first half has succeeded when the second rollout begins.
     """
