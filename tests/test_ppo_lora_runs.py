@@ -14,7 +14,7 @@ from tests.test_runs import SMALL, metrics, run, start
 
 SCRIPT = "ppo_gr00t_lora.py"
 TARGETS = "dit-attention dit-feed-forward vl-attention llm-attention vision-attention"
-STAGES = f"--lora-targets {TARGETS} --unfreeze critic head:1 vl:2 llm:3:1e-4 vision:plateau --plateau 2".split()
+STAGES = f"--lora-targets {TARGETS} --unfreeze critic head:1 vl:2 llm:3:1e-4 vision:5".split()
 FLAGS = ["--exp-name", "whole", "--iterations", "7", "--eval-every", "0", "--seed", "5", "--kl-coef", "0.01", *STAGES]
 OWN = [flag for flag in SMALL if flag not in ("--group-size", "8")]
 
@@ -31,8 +31,7 @@ def test_all_stages(whole):
     made = folder / "runs" / "whole"
     summary, rows = json.loads((made / "summary.json").read_text()), metrics(made)
     begun = summary["stages_begun"]
-    assert list(begun) == ["critic", "head", "vl", "llm", "vision"] and list(begun.values())[:4] == [0, 1, 2, 3]
-    assert begun["vision"] >= 5  # two iterations without a better success after llm
+    assert begun == {"critic": 0, "head": 1, "vl": 2, "llm": 3, "vision": 5}
     for i, row in enumerate(rows):
         assert row["update/stage"] == sum(at <= i for at in begun.values()) - 1
         assert ("update/loss" in row) == (i >= 1)
