@@ -370,7 +370,7 @@ class Gr00tActor(nn.Module):
         try:
             self.net = Gr00tN1d5.from_pretrained(args.checkpoint)
             self.processor = Gr00tProcessor.from_pretrained(args.checkpoint, self.net.config, args.embodiment_tag)
-            self.read(self.net)
+            self.one_embodiment(self.net)
         except (OSError, ValueError) as error:
             raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
         try:
@@ -420,7 +420,7 @@ class Gr00tActor(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.net.parameters() if p.requires_grad]
 
-    def read(self, net: Gr00tN1d5) -> Gr00tN1d5:
+    def one_embodiment(self, net: Gr00tN1d5) -> Gr00tN1d5:
         """Keeps this embodiment's row of the category-specific layers; `save_pretrained` writes the others, too."""
         if net.config.num_embodiments > 1:
             net.slice_embodiment(self.processor.embodiment_id)
@@ -529,7 +529,7 @@ class Gr00tActor(nn.Module):
 
     def load(self, folder: Path) -> None:
         """Takes over what `save` wrote; the base model stays."""
-        self.net.action_head.load_state_dict(self.read(Gr00tN1d5.from_pretrained(folder)).action_head.state_dict())
+        self.net.action_head.load_state_dict(self.one_embodiment(Gr00tN1d5.from_pretrained(folder)).action_head.state_dict())
 
     def save(self, folder: Path) -> None:
         """Writes the checkpoint in NVIDIA's layout: weights, config.json, metadata.json, tokenizer."""

@@ -413,7 +413,7 @@ class Gr00tActorCritic(nn.Module):
         try:
             self.net = Gr00tN1d5.from_pretrained(args.checkpoint)
             self.processor = Gr00tProcessor.from_pretrained(args.checkpoint, self.net.config, args.embodiment_tag)
-            self.read(self.net)
+            self.one_embodiment(self.net)
         except (OSError, ValueError) as error:
             raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
         try:
@@ -470,8 +470,8 @@ class Gr00tActorCritic(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.net.parameters() if p.requires_grad]
 
-    # Copied from grpo_gr00t.py:Gr00tActor.read
-    def read(self, net: Gr00tN1d5) -> Gr00tN1d5:
+    # Copied from grpo_gr00t.py:Gr00tActor.one_embodiment
+    def one_embodiment(self, net: Gr00tN1d5) -> Gr00tN1d5:
         """Keeps this embodiment's row of the category-specific layers; `save_pretrained` writes the others, too."""
         if net.config.num_embodiments > 1:
             net.slice_embodiment(self.processor.embodiment_id)
@@ -603,7 +603,7 @@ class Gr00tActorCritic(nn.Module):
 
     def load(self, folder: Path) -> None:
         """Takes over what `save` wrote; the base model stays."""
-        self.net.action_head.load_state_dict(self.read(Gr00tN1d5.from_pretrained(folder)).action_head.state_dict())
+        self.net.action_head.load_state_dict(self.one_embodiment(Gr00tN1d5.from_pretrained(folder)).action_head.state_dict())
         self.critic.load_state_dict(load_file(folder / "critic.safetensors"))
 
     def save(self, folder: Path) -> None:

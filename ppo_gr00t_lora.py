@@ -488,7 +488,7 @@ class Gr00tActorCritic(nn.Module):
         try:
             self.net = Gr00tN1d5.from_pretrained(args.checkpoint)
             self.processor = Gr00tProcessor.from_pretrained(args.checkpoint, self.net.config, args.embodiment_tag)
-            self.read(self.net)
+            self.one_embodiment(self.net)
         except (OSError, ValueError) as error:
             raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
         try:
@@ -571,8 +571,8 @@ class Gr00tActorCritic(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.net.parameters() if p.requires_grad]
 
-    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.read
-    def read(self, net: Gr00tN1d5) -> Gr00tN1d5:
+    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.one_embodiment
+    def one_embodiment(self, net: Gr00tN1d5) -> Gr00tN1d5:
         """Keeps this embodiment's row of the category-specific layers; `save_pretrained` writes the others, too."""
         if net.config.num_embodiments > 1:
             net.slice_embodiment(self.processor.embodiment_id)

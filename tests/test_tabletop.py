@@ -149,8 +149,16 @@ def test_observation_groups(env):
     assert obs["policy"].shape == (N, 5) and obs["critic"].shape == (N, 24)
     import tabletop
 
-    assert torch.allclose(obs["critic"][:, :6], tabletop.cube_positions(env.env).flatten(1))
-    assert torch.equal(obs["critic"][:, -1], env.env.target.float())
+    cubes, target = tabletop.cube_positions(env.env), env.env.target
+    assert len(set(target.tolist())) == 2
+    for i, named in enumerate(target.tolist()):
+        expected = torch.cat([cubes[i, named], cubes[i, 1 - named]])
+        assert torch.allclose(obs["critic"][i, :6], expected)
+        offsets = expected.view(2, 3) - obs["policy"][i, :3]
+        assert torch.allclose(obs["critic"][i, 12:18].view(2, 3), offsets, atol=1e-6)
+        velocity = env.env.scene[tabletop.COLOURS[named]].data.root_lin_vel_w.torch[i]
+        assert torch.allclose(obs["critic"][i, 6:9], velocity)
+    assert torch.equal(obs["critic"][:, 18:23], obs["policy"]) and torch.equal(obs["critic"][:, -1], target.float())
 
 
 def test_standard_environment_ends_at_success():
