@@ -391,7 +391,8 @@ def collect(args: Args, env: ChunkEnv, action_horizon: int, logger: RunLogger) -
         actions = torch.stack(actions, 1)  # (N, horizon, d)
         for t, seen, before in kept:
             rows = before & env.success
-            parts.append(Demonstrations(*(x[rows] for x in (*seen, actions[:, t : t + action_horizon]))))
+            sample = (seen.images, seen.state, seen.prompt, actions[:, t : t + action_horizon])
+            parts.append(Demonstrations(*(x[rows] for x in sample)))
         successes += int(env.success.sum())
         if b % 10 == 9 or b + 1 == batches:
             count = (b + 1) * args.num_envs
