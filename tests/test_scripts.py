@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -495,6 +496,13 @@ def test_unknown_embodiment(script, refusal):
 def test_chunk(script, refusal):
     for chunk in (5, 16):  # does not divide the episode; is more than the model gives
         assert refusal(script, chunk=chunk).startswith(f"--chunk {chunk}:")
+
+
+@scripts_with("feature_cache")
+def test_memory(script, refusal, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=100_000))
+    text = refusal(script, num_envs=128)
+    assert text.startswith("--num-envs 128:") and "512 samples" in text and "--feature-cache off" in text
 
 
 @scripts_with("noise")
