@@ -258,7 +258,7 @@ def parse_schedule(args: Args) -> list[Stage]:
 
 
 # ======== env =========================================================================================================
-# Copied from ppo_gr00t_frozen.py:Task
+# Copied from grpo_gr00t.py:Task
 @dataclass(frozen=True)
 class Task:
     """How an Isaac Lab task meets GR00T. A new task is a new row of TASKS."""
@@ -276,7 +276,7 @@ class Task:
     demo_params: dict[str, dict] = dataclasses.field(default_factory=dict)  # of event terms, while it demonstrates
 
 
-# Copied from ppo_gr00t_frozen.py:TASKS
+# Copied from grpo_gr00t.py:TASKS
 TASKS = {
     "Tabletop-Lift-Cube-v0": Task(
         module="tabletop",
@@ -357,7 +357,7 @@ class ChunkEnv:
         self.steps += actions.shape[1]
         return None if last else self.observe()
 
-    # Copied from ppo_gr00t_frozen.py:ChunkEnv.images
+    # Copied from grpo_gr00t.py:ChunkEnv.images
     def images(self) -> Tensor:
         """(N, V, H, W, 3) uint8; renders if the scene has moved since the last call."""
         sensors = self.env.scene.sensors
@@ -408,7 +408,7 @@ def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
 
 
 # ======== GR00T wrapper ===============================================================================================
-# Copied from ppo_gr00t_frozen.py:Chain
+# Copied from grpo_gr00t.py:Chain
 class Chain(NamedTuple):
     """The stochastic denoising steps of a policy call: J = 1 (one step per sample) or all of them."""
 
@@ -418,7 +418,7 @@ class Chain(NamedTuple):
     log_prob: Tensor  # (N, J) summed over executed steps and valid dimensions
 
 
-# Copied from ppo_gr00t_frozen.py:PolicyOutput
+# Copied from grpo_gr00t.py:PolicyOutput
 class PolicyOutput(NamedTuple):
     """What one policy call returns."""
 
@@ -427,7 +427,7 @@ class PolicyOutput(NamedTuple):
     chain: Chain | None  # None for the ODE
 
 
-# Copied from ppo_gr00t_frozen.py:stochastic_step
+# Copied from grpo_gr00t.py:stochastic_step
 def stochastic_step(x: Tensor, v: Tensor, k: Tensor, steps: int, cps: bool, level: float) -> tuple[Tensor, Tensor]:
     """Mean and std of the Gaussian denoising step k of `steps`; t = 0 is noise, t = 1 the action.
 
@@ -453,7 +453,7 @@ def stochastic_step(x: Tensor, v: Tensor, k: Tensor, steps: int, cps: bool, leve
     return mean, sigma * math.sqrt(dt)
 
 
-# Copied from ppo_gr00t_frozen.py:gaussian_log_prob
+# Copied from grpo_gr00t.py:gaussian_log_prob
 def gaussian_log_prob(y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Log-density of y under N(mean, std^2), summed over the last two dimensions: (..., H, A) -> (...)."""
     z = (y - mean) / std
@@ -567,22 +567,22 @@ class Gr00tActorCritic(nn.Module):
             for p in parameters:
                 p.requires_grad_(stage in self.begun)
 
-    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.trainable
+    # Copied from grpo_gr00t.py:Gr00tActor.trainable
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.net.parameters() if p.requires_grad]
 
-    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.one_embodiment
+    # Copied from grpo_gr00t.py:Gr00tActor.one_embodiment
     def one_embodiment(self, net: Gr00tN1d5) -> Gr00tN1d5:
         """Keeps this embodiment's row of the category-specific layers; `save_pretrained` writes the others, too."""
         if net.config.num_embodiments > 1:
             net.slice_embodiment(self.processor.embodiment_id)
         return net
 
-    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.embodiment
+    # Copied from grpo_gr00t.py:Gr00tActor.embodiment
     def embodiment(self, n: int) -> Tensor:
         return torch.zeros(n, dtype=torch.long, device=self.prompts.device)
 
-    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.features
+    # Copied from grpo_gr00t.py:Gr00tActor.features
     def features(self, obs: Observation) -> Tensor:
         """Backbone features (B, L, D): those that were kept, or computed from the images."""
         if obs.features is not None:
@@ -606,7 +606,7 @@ class Gr00tActorCritic(nn.Module):
         each = (Observation(*(x if x is None else x[rows] for x in obs)) for rows in parts)
         return torch.cat([self.critic(self.critic_input(part)) for part in each])
 
-    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.act
+    # Copied from grpo_gr00t.py:Gr00tActor.act
     @torch.no_grad()
     def act(self, obs: Observation, noise: Noise | None = None, explore: bool = False) -> PolicyOutput:
         """Actions for an observation: by the ODE, or with stochastic steps and their log-probability (`explore`)."""
@@ -635,12 +635,12 @@ class Gr00tActorCritic(nn.Module):
         chain = Chain(*(torch.cat(x) for x in zip(*(p.chain for p in parts)))) if explore else None
         return PolicyOutput(*(torch.cat(x) for x in list(zip(*parts))[:2]), chain)
 
-    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.encode
+    # Copied from grpo_gr00t.py:Gr00tActor.encode
     def encode(self, head: nn.Module, obs: Observation):
         """What the denoising steps need of an observation."""
         return head.encode(self.features(obs), self.processor.normalize_state(obs.state), self.embodiment(len(obs.state)))
 
-    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.denoise
+    # Copied from grpo_gr00t.py:Gr00tActor.denoise
     def denoise(self, context, x: Tensor, drawn: Tensor, eps: Tensor) -> tuple[Tensor, Chain]:
         """K denoising steps, those in `drawn` (B, J) stochastic with noise eps (B, J, H, A)."""
         rows = torch.arange(len(x), device=x.device)
@@ -661,21 +661,21 @@ class Gr00tActorCritic(nn.Module):
             x = y
         return x, Chain(xs, ys, drawn, self.log_prob(ys, means, stds))
 
-    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.velocity
+    # Copied from grpo_gr00t.py:Gr00tActor.velocity
     def velocity(self, head: nn.Module, x: Tensor, k: Tensor, context) -> Tensor:
         bucket = (k * head.config.num_timestep_buckets) // self.steps
         return head.velocity(x, bucket, self.embodiment(len(x)), context)
 
-    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.executed
+    # Copied from grpo_gr00t.py:Gr00tActor.executed
     def executed(self, x: Tensor) -> Tensor:
         """What of a chunk reaches the simulator: (..., H, A) -> (..., chunk, valid)."""
         return x[..., : self.chunk, : self.valid]
 
-    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.log_prob
+    # Copied from grpo_gr00t.py:Gr00tActor.log_prob
     def log_prob(self, y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         return gaussian_log_prob(self.executed(y), self.executed(mean), std)
 
-    # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.evaluate
+    # Copied from grpo_gr00t.py:Gr00tActor.evaluate
     def evaluate(self, obs: Observation, chain: Chain, head: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of stored steps under the present weights, with gradients.
 
@@ -795,13 +795,13 @@ class Batch:
             self.figures[f"{name}_moments"] = torch.stack([x.sum(), x.square().sum()])
         return self
 
-    # Copied from ppo_gr00t_frozen.py:Batch.select
+    # Copied from grpo_gr00t.py:Batch.select
     def select(self, name: str, rows: Tensor) -> Tensor:
         """Rows of a field, on the training device."""
         source = self.flat[name]
         return source[rows.to(source.device)].to(self.device, non_blocking=True)
 
-    # Copied from ppo_gr00t_frozen.py:Batch.samples
+    # Copied from grpo_gr00t.py:Batch.samples
     def samples(self, rows: Tensor) -> tuple[Observation, Chain]:
         """Observations and stochastic steps of some rows."""
         kept = {name: self.select(name, rows) for name in (*Observation._fields, *Chain._fields) if name in self.flat}
@@ -834,7 +834,7 @@ def rollout(env: ChunkEnv, policy: nn.Module, args: Args, iteration: int, ranks:
         return batch.finish(steps, last_value, successes, args, policy.chunk)
 
 
-# Copied from ppo_gr00t_frozen.py:episode_seed
+# Copied from grpo_gr00t.py:episode_seed
 def episode_seed(seed: int, iteration: int, ranks: Ranks) -> int:
     """Seed of an iteration's starts; differs by rank."""
     return int(np.random.SeedSequence((seed, iteration, ranks.rank)).generate_state(1)[0] >> 1)
@@ -1103,7 +1103,7 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
     )
 
 
-# Copied from ppo_gr00t_frozen.py:check_memory
+# Copied from grpo_gr00t.py:check_memory
 def check_memory(args: Args, policy: nn.Module, ranks: Ranks) -> str:
     """Estimates a rank's memory, and refuses what does not fit.
 
@@ -1119,7 +1119,7 @@ def check_memory(args: Args, policy: nn.Module, ranks: Ranks) -> str:
 
 
 # ======== evaluate ====================================================================================================
-# Copied from ppo_gr00t_frozen.py:evaluate
+# Copied from grpo_gr00t.py:evaluate
 @torch.no_grad()
 def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore: bool = False) -> dict[str, float]:
     """Success on fixed episodes, by the ODE (or the exploring sampler), with its Wilson 95% interval.
@@ -1142,7 +1142,7 @@ def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore
     return {"mean": count / episodes, "low": low, "high": high, "episodes": episodes}
 
 
-# Copied from ppo_gr00t_frozen.py:show
+# Copied from grpo_gr00t.py:show
 def show(result: dict[str, float]) -> str:
     return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result) if result else "not measured"
 
