@@ -588,9 +588,9 @@ class RunLogger:
                 self.wandb = None
                 self.event(f"W&B failed, the run goes on without it: {type(e).__name__}: {e}")
 
-    def listen(self, name: str) -> None:
-        """Shows the log lines (INFO and above) of a module as events."""
-        if self.is_main:
+    def listen(self, *names: str) -> None:
+        """Shows the log lines (INFO and above) of modules as events."""
+        for name in names if self.is_main else ():
             source = logging.getLogger(name)
             source.addHandler(self._handler)
             source.setLevel(logging.INFO)

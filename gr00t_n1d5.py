@@ -263,13 +263,14 @@ class Backbone(nn.Module):
         No padding: the action head has no attention mask, so all prompts of a batch have the same length.
         """
         x = self.language_model.embed_tokens(input_ids)  # (B, L, D)
-        image = self.mlp1(self.vision_model(pixel_values=pixel_values).last_hidden_state).to(x.dtype)  # (B*V, P, D)
-        is_image = input_ids == self.image_token_id
-        # masked_scatter says nothing when features are left over; this check does not wait for the device
-        if not input_ids.is_meta:
-            fits = is_image.sum() == image.shape[0] * image.shape[1]
-            torch._assert_async(fits, "image tokens and image features differ in number")
-        x = x.masked_scatter(is_image[..., None], image)
+        if len(pixel_values):  # there are tasks without a camera
+            image = self.mlp1(self.vision_model(pixel_values=pixel_values).last_hidden_state).to(x.dtype)  # (B*V, P, D)
+            is_image = input_ids == self.image_token_id
+            # masked_scatter says nothing when features are left over; this check does not wait for the device
+            if not input_ids.is_meta:
+                fits = is_image.sum() == image.shape[0] * image.shape[1]
+                torch._assert_async(fits, "image tokens and image features differ in number")
+            x = x.masked_scatter(is_image[..., None], image)
         # A mask of None is plainly causal; left to itself transformers looks for packed sequences, a host sync.
         causal = {"full_attention": None}
         return self.language_model(inputs_embeds=x, attention_mask=causal, use_cache=False).last_hidden_state
@@ -697,32 +698,61 @@ def activation_bytes(config: Gr00tConfig, length: int, views: int, backbone: boo
 
 
 def memory_plan(args, policy: nn.Module, samples: int, steps: int, views: int, length: int) -> tuple[str, str]:
-    """What training takes, estimated, and which flag helps where the samples of a rollout do not fit ("" if they do).
+    """What training takes, estimated, and which flag helps where it does not fit ("" if it does).
+
+    With a budget, micro-batches get smaller and the features leave the GPU until the estimate is within it; `args` and
+    `policy` are set so, and a GPU gives no more than that. Without one, what a rollout keeps has to fit what is free.
 
     Args:
-        args: device, feature_cache, backbone_bf16, activation_checkpointing, micro_batch_size.
+        args: device, feature_cache, backbone_bf16, activation_checkpointing, micro_batch_size, max_memory_gb.
         policy: with a Gr00tN1d5 as `net`.
         samples, steps: policy calls kept for an update, with so many denoising steps each.
         views, length: cameras and prompt tokens.
     """
-    config, cache = policy.net.config, args.feature_cache
+    config = policy.net.config
     through = any(p.requires_grad for p in policy.net.backbone.parameters())  # gradients reach the backbone
     element = 2 if args.backbone_bf16 else next(policy.net.backbone.parameters()).element_size()
     chain = 8 * steps * config.action_horizon * config.action_dim
     images, features = 3 * views * config.image_size**2, length * config.text_hidden_size * element
     one = activation_bytes(config, length, views, through, args.activation_checkpointing)
-    sizes = {
-        "weights": sum(p.nbytes for p in policy.parameters()),
-        "gradients and AdamW": 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad),  # three times fp32
-        f"{samples} samples an iteration": samples * (chain + (images if through or cache == "off" else features)),
-        "activations": min(args.micro_batch_size, samples) * one,
-    }
-    host = args.device == "cpu" or (cache == "cpu" and not through)
+    on_cpu, budget = args.device == "cpu", args.max_memory_gb
+
+    def sizes(cache: str, micro: int) -> dict[str, float]:
+        """Bytes on the training device, by what takes them."""
+        kept = images if through or cache == "off" else 0 if cache == "cpu" and not on_cpu else features
+        return {
+            "weights": sum(p.nbytes for p in policy.parameters()),
+            "gradients and AdamW": 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad),  # three times fp32
+            f"{samples} samples an iteration": samples * (chain + kept),
+            "activations": min(micro, samples) * one,
+        }
+
+    if budget:
+        caches = ["gpu", "off"] if on_cpu else ["gpu", "cpu", "off"]
+        caches = caches[caches.index(args.feature_cache) :] if args.feature_cache in caches else [args.feature_cache]
+        micros = [max(args.micro_batch_size >> i, 1) for i in range(args.micro_batch_size.bit_length())]
+        # first the largest micro-batches of 16 or more, wherever the features are, then smaller ones
+        ways = sorted(((cache, micro) for cache in caches for micro in micros), key=lambda way: way[1] < min(16, micros[0]))
+        totals = {way: sum(sizes(*way).values()) for way in ways}
+        fitting = [way for way in ways if totals[way] <= budget * 1e9]
+        if not fitting:
+            least = math.ceil(min(totals.values()) / 1e8) / 10
+            return f"an estimate of {least} GB at least, above the budget of {budget:g} GB", f"--max-memory-gb {least}"
+        args.feature_cache, args.micro_batch_size = fitting[0]
+        policy.micro_batch_size = args.micro_batch_size
+        if not on_cpu:
+            share = budget * 1e9 / torch.cuda.get_device_properties(args.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(share, 1.0), args.device)
+    planned = sizes(args.feature_cache, args.micro_batch_size)
+    plan = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in planned.items()) + " GB (estimated)"
+    if budget:
+        place = {"gpu": "kept", "cpu": "kept on the host", "off": "computed again"}[args.feature_cache]
+        return f"{plan}; within {budget:g} GB: micro-batches of {args.micro_batch_size}, features {place}", ""
+    host = on_cpu or (args.feature_cache == "cpu" and not through)
     free = psutil.virtual_memory().available if host else torch.cuda.mem_get_info()[0]
-    plan = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
-    plan += f" GB (estimated), {free / 1e9:.1f} GB free {'on the host' if host else 'on the GPU'}"
-    lacking = sizes[f"{samples} samples an iteration"] > free
-    return plan, f"--feature-cache {'off' if host else 'cpu'}" if lacking else ""
+    needed = samples * (chain + (images if through or args.feature_cache == "off" else features))
+    plan += f", {free / 1e9:.1f} GB free {'on the host' if host else 'on the GPU'}"
+    return plan, f"--feature-cache {'off' if host else 'cpu'}" if needed > free else ""
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoint files
@@ -1017,6 +1047,11 @@ class Gr00tProcessor:
             raise ValueError(f"embodiment tag {self.tag!r} has no id; known: {', '.join(EMBODIMENT_IDS)}")
         return EMBODIMENT_IDS[self.tag]
 
+    @property
+    def camera_size(self) -> int:
+        """Height and width [px] of a camera whose images have the network's size once they are cropped."""
+        return math.ceil(self.config.image_size / self.config.image_crop)
+
     # inputs
     def prompt(self, instruction: str, views: int = 1, bracketed: bool = False) -> Tensor:
         """Token ids (L,) of an instruction and its camera views, unpadded.
@@ -1053,6 +1088,8 @@ class Gr00tProcessor:
         size, crop = self.config.image_size, self.config.image_crop
         x = images.flatten(0, 1).permute(0, 3, 1, 2)  # (B*V, 3, H, W)
         height, width = x.shape[-2:]
+        if len(x) == 0:  # no camera
+            return x.new_empty(0, 3, size, size, dtype=torch.float32)
         if crop != 1 or (height, width) != (size, size):
             h, w = int(crop * height), int(crop * width)
             top, left = round((height - h) / 2), round((width - w) / 2)  # torchvision's center_crop

@@ -24,10 +24,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import dataclasses
 import difflib
 import functools
-import importlib
 import itertools
 import math
 import os
@@ -99,6 +97,7 @@ class Args:
     max_grad_norm: float = 1.0  # gradient norm, of policy and critic each
     feature_cache: Literal["gpu", "cpu", "off"] = "gpu"  # where backbone features wait for the update; off: recomputed
     backbone_bf16: bool | None = None  # run the frozen backbone under bfloat16 autocast, and keep its features so
+    max_memory_gb: float | None = None  # budget [GB]: micro-batches and the place of features are planned to fit it
     activation_checkpointing: bool = False  # recompute the blocks' activations in the backward pass: slower, smaller
 
 
@@ -150,6 +149,7 @@ from common import (
     wilson_interval,
 )  # fmt: skip
 from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, memory_plan
+from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config
 
 
 def resolve(args: Args) -> Args:
@@ -169,7 +169,7 @@ def resolve(args: Args) -> Args:
         near = difflib.get_close_matches(args.task, TASKS, 3, 0.0)
         raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
     positive = "num_envs iterations save_every keep_checkpoints denoise_steps noise_level learning_rate clip epochs"
-    positive += " minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk"
+    positive += " minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk max_memory_gb"
     positive += " rollout_chunks critic_lr critic_epochs value_clip kl_target"
     others = "kl_coef lr_warmup lr_hold eval_every eval_episodes seed eval_seed gamma gae_lambda critic_warmup"
     check_numbers(args, positive, others)
@@ -185,47 +185,12 @@ def resolve(args: Args) -> Args:
         raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {world} ranks")
     if args.noise.startswith("flow-cps") and (args.denoise_steps < 2 or args.noise_level > 1):
         raise UsageError(f"--noise {args.noise}: needs --denoise-steps of 2 or more and a --noise-level of at most 1")
+    args.capture_video &= bool(TASKS[args.task].cameras)
     args.exp_name = run_name(args, "ppo_gr00t_frozen")
     return args
 
 
 # ======== env =========================================================================================================
-# Copied from grpo_gr00t.py:Task
-@dataclass(frozen=True)
-class Task:
-    """How an Isaac Lab task meets GR00T. A new task is a new row of TASKS."""
-
-    module: str  # imported to register the task
-    cameras: tuple[str, ...]  # scene names, in the checkpoint's view order
-    state: dict[str, int]  # keys and sizes of the `policy` observation group's columns, in order
-    action: dict[str, int]  # keys and sizes of the action's columns, in order
-    horizon: int  # environment steps per episode
-    success: str  # name of the success termination
-    instructions: tuple[str, ...]
-    target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
-    privileged: int = 0  # columns of the observation group `critic`, which holds the simulator's state; 0: no such group
-    expert: str | None = None  # function of the module that demonstrates the task
-    demo_params: dict[str, dict] = dataclasses.field(default_factory=dict)  # of event terms, while it demonstrates
-
-
-# Copied from grpo_gr00t.py:TASKS
-TASKS = {
-    "Tabletop-Lift-Cube-v0": Task(
-        module="tabletop",
-        cameras=("cam",),
-        state={"gripper_position": 3, "finger_positions": 2},
-        action={"gripper_delta": 3, "gripper_open": 1},
-        horizon=32,
-        success="success",
-        instructions=("lift the red cube", "lift the blue cube"),
-        target="target",
-        privileged=24,
-        expert="expert_action",
-        demo_params={"reset": {"gantry_share": 0.5}},
-    ),
-}
-
-
 class Observation(NamedTuple):
     """What the policy sees at a chunk boundary."""
 
@@ -247,15 +212,17 @@ class ChunkEnv:
 
         self.task, instruction, self.dense, self.gamma = TASKS[args.task], args.instruction, args.reward == "dense", args.gamma
         self.critic_group = "critic" if args.critic_obs == "privileged" else "policy"
-        success = getattr(cfg.terminations, self.task.success)
+        ends = end_terms(cfg, self.task)
         cfg.terminations = {}  # episodes end at the horizon, all at once
-        self.env = gym.make(args.task, cfg=cfg).unwrapped
-        self.terminations = TerminationManager({"success": success}, self.env)
+        self.env = gym.make(self.task.isaac or args.task, cfg=cfg).unwrapped
+        self.terminations = TerminationManager(ends, self.env)
+        check_columns(self.env, args.task)
         self.num_envs, self.device = self.env.num_envs, self.env.device
         self.instructions = (instruction,) if instruction else self.task.instructions
         # an instruction of the task's own fixes what is asked for; any other wording leaves that to the task
         self.asked = self.task.instructions.index(instruction) if instruction in self.task.instructions else None
         self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # (N,)
+        self.failure = torch.zeros_like(self.success)  # (N,) of episodes without success before
         self.steps, self.latest = self.task.horizon, None  # of the episode under way, and what was seen last
 
     def reset(self, seed: int) -> Observation:
@@ -264,9 +231,10 @@ class ChunkEnv:
         env.reset(seed=seed)
         if self.asked is not None and self.task.target:
             getattr(env, self.task.target).fill_(self.asked)
+        refresh_sensors(env)
         env.obs_buf = env.observation_manager.compute()
         self.terminations.reset()
-        self.success, self.steps = torch.zeros_like(self.success), 0
+        self.success, self.failure, self.steps = torch.zeros_like(self.success), torch.zeros_like(self.success), 0
         return self.observe()
 
     def step_chunk(self, actions: Tensor, last: bool = False, frames: list | None = None) -> Observation | None:
@@ -276,20 +244,28 @@ class ChunkEnv:
         """
         self.reward = torch.zeros(self.num_envs, device=self.device)  # (N,)
         for i in range(actions.shape[1]):
+            before, alive = self.success, ~self.ended
             _, dense, *_ = self.env.step(actions[:, i])
-            self.terminations.compute()
-            before, self.success = self.success, self.success | self.terminations.get_term("success")
-            self.reward += self.gamma**i * (dense if self.dense else (self.success & ~before))
+            over = self.terminations.compute()  # (N,)
+            self.success = before | (self.terminations.get_term("success") & ~self.failure)
+            self.failure = self.failure | (over & ~self.success)
+            self.reward += self.gamma**i * (dense * alive if self.dense else (self.success & ~before))
             if frames is not None and i % 2:
                 frames.append((self.images()[:, 0], self.success.clone()))
         self.steps += actions.shape[1]
         return None if last else self.observe()
 
+    @property
+    def ended(self) -> Tensor:
+        """(N,) whether an attempt is over: with a failure, or with success, unless rewards go on after it."""
+        return self.failure if self.dense else self.failure | self.success
+
     # Copied from grpo_gr00t.py:ChunkEnv.images
     def images(self) -> Tensor:
         """(N, V, H, W, 3) uint8; renders if the scene has moved since the last call."""
         sensors = self.env.scene.sensors
-        return torch.stack([sensors[name].data.output["rgb"].torch[..., :3] for name in self.task.cameras], 1)
+        views = [sensors[name].data.output["rgb"].torch[..., :3] for name in self.task.cameras]
+        return torch.stack(views, 1) if views else torch.empty(self.num_envs, 0, 1, 1, 3, dtype=torch.uint8, device=self.device)
 
     def observe(self) -> Observation:
         own = self.task.target is not None and len(self.instructions) > 1
@@ -300,30 +276,17 @@ class ChunkEnv:
         return self.latest
 
 
+# Copied from grpo_gr00t.py:make_env
 @contextlib.contextmanager
 def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
     """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
     run_dir.mkdir(parents=True, exist_ok=True)  # ranks other than 0 may be here first
     log = open(run_dir / f"simulator{ranks.rank or ''}.log", "a")
     with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own tasks)
         from isaaclab.app import launch_simulation
-        from isaaclab_tasks.utils import parse_env_cfg
 
-        task = TASKS[args.task]
-        importlib.import_module(task.module)
-        presets = [f"{k}={v}" for k, v in (("physics", args.physics), ("renderer", args.renderer)) if v]
-        try:
-            cfg = parse_env_cfg(args.task, args.device, args.num_envs // ranks.world, overrides=presets)
-        except Exception as error:  # hydra's own kinds
-            raise UsageError(f"--physics {args.physics} --renderer {args.renderer}: {error}") from error
-        if args.reward == "dense" and not vars(getattr(cfg, "rewards", None) or argparse.Namespace()):
-            raise UsageError(f"--reward dense: {args.task} has no rewards; use --reward sparse")
-        cfg.scene.env_spacing = 0.0  # equal rounding everywhere: starts do not depend on an environment's place
-        for name in task.cameras:
-            camera = getattr(cfg.scene, name)
-            camera.height = camera.width = image_size
-        launcher = argparse.Namespace(device=args.device, headless=True, enable_cameras=True)
+        cfg = task_config(args, args.num_envs // ranks.world, image_size)
+        launcher = argparse.Namespace(device=args.device, headless=True, enable_cameras=bool(TASKS[args.task].cameras))
         simulation = contextlib.ExitStack()
         simulation.enter_context(launch_simulation(cfg, launcher))
         env = ChunkEnv(args, cfg)
@@ -675,15 +638,14 @@ def rollout(env: ChunkEnv, policy: nn.Module, args: Args, iteration: int, ranks:
             with timer("env"):
                 env.reset(episode_seed(args.seed, iteration * policy.rollout_chunks + t, ranks))
         with timer("policy"):
-            obs, valid = env.latest, ~env.success | env.dense  # (N,) an attempt ends with its first success
+            obs, valid = env.latest, ~env.ended  # valid (N,)
             out = policy.act(obs, noise, explore=True)
             critic_input = policy.critic_input(obs._replace(features=out.features))
             batch.add(obs, out, critic_input)
         with timer("env"):
             env.step_chunk(out.action, last=env.steps + policy.chunk >= env.task.horizon)
         over = env.steps >= env.task.horizon
-        ended = torch.full_like(valid, over) if over or env.dense else env.success
-        steps.append((env.reward, policy.critic(critic_input), ended, valid))
+        steps.append((env.reward, policy.critic(critic_input), env.ended | over, valid))
         successes += [env.success] if over else []
     with timer("policy"):
         last_value = torch.zeros_like(env.reward) if over else policy.value(env.latest)
@@ -983,14 +945,14 @@ def main(args: Args) -> None:
     run_dir = Path(args.resume or Path("runs") / args.exp_name)
     policy = Gr00tActorCritic(args)
     plan, state = check_memory(args, policy, ranks), load_run(args, run_dir, policy.load)
-    sources = [HERE / "gr00t_n1d5.py", HERE / f"{TASKS[args.task].module}.py"]
+    sources = [HERE / f"{name}.py" for name in ("gr00t_n1d5", "gr00t_tasks", TASKS[args.task].module or "stock_tasks")]
     logger = start_logger(args, run_dir, __file__, sources, state, ranks)
-    logger.listen(TASKS[args.task].module)
+    logger.listen("gr00t_tasks", TASKS[args.task].module or "stock_tasks")
     logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs; {plan}")
     logger.event(f"instructions: {'; '.join(policy.instructions)}")
     logger.event(f"starting the simulator (its own output: {run_dir}/simulator.log)")
     failure = None
-    with make_env(args, policy.net.config.image_size, run_dir, ranks) as env:
+    with make_env(args, policy.processor.camera_size, run_dir, ranks) as env:
         try:
             if args.evaluate:
                 result = evaluate(args, env, policy, ranks)

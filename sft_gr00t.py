@@ -86,6 +86,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common import Noise, Ranks, RunLogger, UsageError, check_numbers, pick_device, run_name, wilson_interval
 from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, load_tokenizer, tiny_tokenizer
+from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config
 
 
 def resolve(args: Args) -> Args:
@@ -111,42 +112,6 @@ def resolve(args: Args) -> Args:
 
 
 # ======== env =========================================================================================================
-# Copied from grpo_gr00t.py:Task
-@dataclass(frozen=True)
-class Task:
-    """How an Isaac Lab task meets GR00T. A new task is a new row of TASKS."""
-
-    module: str  # imported to register the task
-    cameras: tuple[str, ...]  # scene names, in the checkpoint's view order
-    state: dict[str, int]  # keys and sizes of the `policy` observation group's columns, in order
-    action: dict[str, int]  # keys and sizes of the action's columns, in order
-    horizon: int  # environment steps per episode
-    success: str  # name of the success termination
-    instructions: tuple[str, ...]
-    target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
-    privileged: int = 0  # columns of the observation group `critic`, which holds the simulator's state; 0: no such group
-    expert: str | None = None  # function of the module that demonstrates the task
-    demo_params: dict[str, dict] = dataclasses.field(default_factory=dict)  # of event terms, while it demonstrates
-
-
-# Copied from grpo_gr00t.py:TASKS
-TASKS = {
-    "Tabletop-Lift-Cube-v0": Task(
-        module="tabletop",
-        cameras=("cam",),
-        state={"gripper_position": 3, "finger_positions": 2},
-        action={"gripper_delta": 3, "gripper_open": 1},
-        horizon=32,
-        success="success",
-        instructions=("lift the red cube", "lift the blue cube"),
-        target="target",
-        privileged=24,
-        expert="expert_action",
-        demo_params={"reset": {"gantry_share": 0.5}},
-    ),
-}
-
-
 # Copied from grpo_gr00t.py:Observation
 class Observation(NamedTuple):
     """What the policy sees at a chunk boundary."""
@@ -165,19 +130,21 @@ class ChunkEnv:
     the instruction of the first of them.
     """
 
-    def __init__(self, task_id: str, cfg, instruction: str | None):
+    def __init__(self, args: Args, cfg):
         from isaaclab.managers import TerminationManager
 
-        self.task = TASKS[task_id]
-        success = getattr(cfg.terminations, self.task.success)
+        self.task, instruction = TASKS[args.task], args.instruction
+        ends = end_terms(cfg, self.task)
         cfg.terminations = {}  # episodes end at the horizon, all at once
-        self.env = gym.make(task_id, cfg=cfg).unwrapped
-        self.terminations = TerminationManager({"success": success}, self.env)
+        self.env = gym.make(self.task.isaac or args.task, cfg=cfg).unwrapped
+        self.terminations = TerminationManager(ends, self.env)
+        check_columns(self.env, args.task)
         self.num_envs, self.device = self.env.num_envs, self.env.device
         self.instructions = (instruction,) if instruction else self.task.instructions
         # an instruction of the task's own fixes what is asked for; any other wording leaves that to the task
         self.asked = self.task.instructions.index(instruction) if instruction in self.task.instructions else None
         self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # (N,)
+        self.failure = torch.zeros_like(self.success)  # (N,) of episodes without success before
 
     def reset(self, seed: int, group_size: int = 1) -> Observation:
         """Starts one episode everywhere; the starts depend on the seed and the number of environments alone."""
@@ -194,11 +161,14 @@ class ChunkEnv:
             state = of_leader(env.scene.get_state(is_relative=True))
             target = getattr(env, self.task.target)[leader].clone() if self.task.target else None
             env.reset_to(state, None, is_relative=True)  # draws new starts, then overwrites them
+            env.action_manager.reset()  # some actions begin at the joints as they were drawn
             if target is not None:
                 getattr(env, self.task.target)[:] = target
+        refresh_sensors(env)
         env.obs_buf = env.observation_manager.compute()
         self.terminations.reset()
         self.success.zero_()
+        self.failure.zero_()
         return self.observe()
 
     def step_chunk(self, actions: Tensor, last: bool = False, frames: list | None = None) -> Observation | None:
@@ -208,16 +178,23 @@ class ChunkEnv:
         """
         for i in range(actions.shape[1]):
             self.env.step(actions[:, i])
-            self.terminations.compute()
-            self.success |= self.terminations.get_term("success")
+            ended = self.terminations.compute()  # (N,)
+            self.success |= self.terminations.get_term("success") & ~self.failure
+            self.failure |= ended & ~self.success
             if frames is not None and i % 2:
                 frames.append((self.images()[:, 0], self.success.clone()))
         return None if last else self.observe()
 
+    @property
+    def ended(self) -> Tensor:
+        """(N,) whether an attempt is over: with its first success, or with a failure."""
+        return self.success | self.failure
+
     def images(self) -> Tensor:
         """(N, V, H, W, 3) uint8; renders if the scene has moved since the last call."""
         sensors = self.env.scene.sensors
-        return torch.stack([sensors[name].data.output["rgb"].torch[..., :3] for name in self.task.cameras], 1)
+        views = [sensors[name].data.output["rgb"].torch[..., :3] for name in self.task.cameras]
+        return torch.stack(views, 1) if views else torch.empty(self.num_envs, 0, 1, 1, 3, dtype=torch.uint8, device=self.device)
 
     def observe(self) -> Observation:
         own = self.task.target is not None and len(self.instructions) > 1
@@ -232,25 +209,13 @@ def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
     run_dir.mkdir(parents=True, exist_ok=True)  # ranks other than 0 may be here first
     log = open(run_dir / f"simulator{ranks.rank or ''}.log", "a")
     with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own tasks)
         from isaaclab.app import launch_simulation
-        from isaaclab_tasks.utils import parse_env_cfg
 
-        task = TASKS[args.task]
-        importlib.import_module(task.module)
-        presets = [f"{k}={v}" for k, v in (("physics", args.physics), ("renderer", args.renderer)) if v]
-        try:
-            cfg = parse_env_cfg(args.task, args.device, args.num_envs // ranks.world, overrides=presets)
-        except Exception as error:  # hydra's own kinds
-            raise UsageError(f"--physics {args.physics} --renderer {args.renderer}: {error}") from error
-        cfg.scene.env_spacing = 0.0  # equal rounding everywhere: members of a group stay bit-identical
-        for name in task.cameras:
-            camera = getattr(cfg.scene, name)
-            camera.height = camera.width = image_size
-        launcher = argparse.Namespace(device=args.device, headless=True, enable_cameras=True)
+        cfg = task_config(args, args.num_envs // ranks.world, image_size)
+        launcher = argparse.Namespace(device=args.device, headless=True, enable_cameras=bool(TASKS[args.task].cameras))
         simulation = contextlib.ExitStack()
         simulation.enter_context(launch_simulation(cfg, launcher))
-        env = ChunkEnv(args.task, cfg, args.instruction)
+        env = ChunkEnv(args, cfg)
         env.reset(seed=0)
     with simulation:
         yield env
@@ -531,16 +496,16 @@ def main(args: Args) -> None:
             run_dir, dataclasses.asdict(args), script=__file__, total_iterations=args.steps,
             track=args.track, wandb_project=args.wandb_project,
             device=args.device,
-            sources=[HERE / "gr00t_n1d5.py", HERE / f"{task.module}.py"],
+            sources=[HERE / f"{name}.py" for name in ("gr00t_n1d5", "gr00t_tasks", task.module)],
         )  # fmt: skip
     except OSError as error:
         raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
-    logger.listen(task.module)
+    logger.listen("gr00t_tasks", task.module)
     logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs")
     logger.event(f"instructions: {'; '.join(instructions)}")
     logger.event(f"starting the simulator (its own output: {run_dir}/simulator.log)")
     failure = None
-    with make_env(args, policy.net.config.image_size, run_dir, ranks) as env:
+    with make_env(args, policy.processor.camera_size, run_dir, ranks) as env:
         try:
             if args.evaluate:
                 result = evaluate(args, env, policy, ranks)

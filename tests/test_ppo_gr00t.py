@@ -69,11 +69,14 @@ class FakeEnv:
     It keeps a record of what happened: one (reward, success before, success after, observation) per chunk.
     """
 
+    ended = ChunkEnv.ended
+
     def __init__(self, args: Args, script=(MIXED,), ranks: Ranks = ALONE, chunk: int = CHUNK):
         self.args, self.script, self.ranks, self.chunk = args, torch.tensor(script), ranks, chunk
         self.task, self.dense, self.instructions = SimpleNamespace(horizon=HORIZON), args.reward == "dense", ("lift",)
         self.n = self.script.shape[1] // ranks.world
         self.steps, self.latest, self.success = HORIZON, None, torch.zeros(self.n, dtype=torch.bool)
+        self.failure = torch.zeros_like(self.success)
         self.seeds, self.record = [], []
 
     def own(self, x: Tensor) -> Tensor:
@@ -321,21 +324,32 @@ def test_log_ratio_is_clamped(tiny_checkpoint):
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_reward_of_a_chunk(dense):
-    """Discounted within the chunk; sparse: 1 at the first success, which stays one when the term falls back."""
-    term = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]]).bool()
-    given, at = torch.arange(12.0).view(4, 3), iter(range(4))
+    """Discounted within the chunk; sparse: 1 at the first success, which stays one when the term falls back.
+
+    A failure ends an attempt: what comes after it, success included, earns nothing. After success there is no failure.
+    """
+    success = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 1], [1, 1, 0, 0]]).bool()  # (steps, environments)
+    failure = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    given, at = torch.arange(1.0, 17.0).view(4, 4), iter(range(4))
     env = object.__new__(ChunkEnv)
-    env.num_envs, env.device, env.gamma, env.dense, env.steps = 3, "cpu", 0.9, dense, 8
-    env.success = torch.tensor([False, False, True])
+    env.num_envs, env.device, env.gamma, env.dense, env.steps = 4, "cpu", 0.9, dense, 8
+    env.success, env.failure = torch.tensor([False, False, True, False]), torch.tensor([False, False, False, True])
     env.env = SimpleNamespace(step=lambda action: (None, given[next(at)], None, None, {}))
     done = []
-    env.terminations = SimpleNamespace(compute=lambda: done.append(0), get_term=lambda name: term[len(done) - 1])
+    env.terminations = SimpleNamespace(
+        compute=lambda: done.append(0) or success[len(done) - 1] | failure[len(done) - 1],
+        get_term=lambda name: {"success": success}[name][len(done) - 1],
+    )
     before = env.success
-    assert env.step_chunk(torch.zeros(3, 4, 4), last=True) is None
-    expected = sum(0.9**i * given[i] for i in range(4)) if dense else torch.tensor([0.9, 0.0, 0.0])
+    assert env.step_chunk(torch.zeros(4, 4, 4), last=True) is None
+    earned = torch.ones(4, 4)
+    earned[2:, 1] = earned[:, 3] = 0  # after a failure in the second step, and before the chunk
+    expected = sum(0.9**i * given[i] * earned[i] for i in range(4)) if dense else torch.tensor([0.9, 0.0, 0.0, 0.0])
     assert torch.allclose(env.reward, expected)
-    assert env.success.tolist() == [True, False, True] and env.steps == 12
-    assert before.tolist() == [False, False, True]  # a rollout keeps it
+    assert env.success.tolist() == [True, False, True, False] and env.steps == 12
+    assert env.failure.tolist() == [False, True, False, True]
+    assert env.ended.tolist() == ([False, True, False, True] if dense else [True] * 4)
+    assert before.tolist() == [False, False, True, False]  # a rollout keeps it
 
 
 def segments_by_hand(rewards, values, ends, after, discount: float, lam: float) -> np.ndarray:

@@ -1,0 +1,437 @@
+"""How Isaac Lab tasks meet GR00T: one row per task, and what of a task's configuration has to change for it.
+
+    python gr00t_tasks.py                                            # the rows
+    python gr00t_tasks.py --task Isaac-Open-Drawer-Franka --out <folder>     # a checkpoint with random weights that fits
+
+A task of your own needs one row of TASKS: which cameras the policy looks through, which observation terms are its
+proprioception, which columns the action has, what counts as success and as failure, and what it is told to do. All
+manager-based tasks will do. Direct tasks hold their observations and resets in code of their own and are refused.
+
+Isaac Lab's own tasks run on Newton without Isaac Sim. What needs Isaac Sim (random textures and lights) is switched off
+there, as is what differs between environments for a whole run (random masses, frictions): members of a group of
+episodes would not be alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+log = logging.getLogger("gr00t_tasks")
+
+
+@dataclass(frozen=True)
+class Task:
+    """How an Isaac Lab task meets GR00T."""
+
+    cameras: tuple[str, ...]  # scene names, in the checkpoint's view order
+    state: dict[str, int]  # keys and sizes of the proprioception's columns, in order
+    action: dict[str, int]  # keys and sizes of the action's columns, in order
+    horizon: int  # environment steps per episode
+    success: str | Callable  # name of the success termination, or a function of the env: (N,) bool
+    instructions: tuple[str, ...]
+    failures: tuple[str, ...] = ()  # names of terminations that end an attempt
+    isaac: str = ""  # Isaac Lab's id, where it is not the row's name
+    module: str | None = None  # imported to register the task; None: Isaac Lab's own
+    terms: tuple[str | Callable, ...] = ()  # observation terms, or functions of the env, whose columns are the state
+    privileged: int = 0  # columns of the observation group `critic`, which holds the simulator's state; 0: no such group
+    privileged_terms: tuple[str | Callable, ...] = ()  # what that group is made of, where the task has none
+    views: dict[str, tuple] = field(default_factory=dict)  # cameras to add: (eye, look-at) [m] in the environment's frame
+    image_size: int | None = None  # of the cameras [px], where the checkpoint was trained on another than its own
+    overrides: tuple[str, ...] = ()  # Isaac Lab's
+    prepare: Callable[[Any], None] | None = None  # changes the configuration further
+    target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
+    expert: str | None = None  # function of the module that demonstrates the task
+    demo_params: dict[str, dict] = field(default_factory=dict)  # of event terms, while it demonstrates
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# what rows refer to: functions of an Isaac Lab environment or its configuration
+# ------------------------------------------------------------------------------------------------------------------
+def gripper_frame(env: Any) -> Tensor:
+    """Position [m] and axis-angle [rad] of the gripper's frame in the environment's, and two finger positions [m]: (N, 8).
+
+    As RLinf feeds its Isaac Lab checkpoints: the last joint first and the other with a minus, all rounded to bfloat16.
+    """
+    import torch
+    from isaaclab.utils.math import axis_angle_from_quat
+
+    frame, joints = env.scene["ee_frame"].data, env.scene["robot"].data.joint_pos.torch
+    position = frame.target_pos_w.torch[:, 0] - env.scene.env_origins
+    rotation = axis_angle_from_quat(frame.target_quat_w.torch[:, 0])
+    return torch.cat([position, rotation, joints[:, -1:], -joints[:, -2:-1]], 1).bfloat16().float()
+
+
+def drawer_open(env: Any) -> Tensor:
+    """(N,) whether the top drawer stands open by 0.3 m, where Isaac Lab's reward has its last bonus."""
+    cabinet = env.scene["cabinet"]
+    return cabinet.data.joint_pos.torch[:, cabinet.find_joints("drawer_top_joint")[0][0]] > 0.30
+
+
+def object_raised(env: Any) -> Tensor:
+    """(N,) whether the object is 0.1 m above where it lies on the table."""
+    return object_position(env)[:, 2] > OBJECT_ON_TABLE + 0.1
+
+
+def object_position(env: Any) -> Tensor:
+    """(N, 3) of the object in the environment's frame [m]."""
+    return env.scene["object"].data.root_pos_w.torch - env.scene.env_origins
+
+
+def walked(env: Any) -> Tensor:
+    """(N,) whether the robot's root has come 3 m forward."""
+    return (env.scene["robot"].data.root_pos_w.torch - env.scene.env_origins)[:, 0] > 3.0
+
+
+OBJECT_ON_TABLE = 0.28  # height of the lift task's cube at rest [m]: the table's top is at 0.255, the cube's edge 0.05
+
+
+def plain_wrist_camera(cfg: Any) -> None:
+    """The hand's path in full: Newton does not find a camera by the pattern that the task has for it."""
+    links = "/".join(f"panda_link{i}" for i in range(8))
+    camera = cfg.scene.wrist_cam
+    camera.prim_path = camera.prim_path.replace("(Geometry/.*/)?panda_hand", f"Geometry/{links}/panda_hand")
+
+
+def lift_cube(cfg: Any) -> None:
+    """Full gravity, and a cube somewhere on the table: not the curriculum of Isaac Lab's recipe, nor its bank of states."""
+    import isaaclab.envs.mdp as mdp
+    import isaaclab.sim as sim_utils
+    from isaaclab.managers import EventTermCfg, SceneEntityCfg
+
+    cfg.curriculum, cfg.commands = None, None
+    cfg.scene.object.spawn.visual_material = sim_utils.PreviewSurfaceCfg(diffuse_color=(0.8, 0.1, 0.1))
+    spread = {"x": (-0.1, 0.1), "y": (-0.2, 0.2), "z": (OBJECT_ON_TABLE - 0.35, OBJECT_ON_TABLE - 0.35), "yaw": (-0.8, 0.8)}
+    cfg.events = {
+        "everything": EventTermCfg(func=mdp.reset_scene_to_default, mode="reset"),
+        "joints": EventTermCfg(
+            func=mdp.reset_joints_by_offset,
+            mode="reset",
+            params={"position_range": (-0.05, 0.05), "velocity_range": (0.0, 0.0)},
+        ),
+        "object": EventTermCfg(
+            func=mdp.reset_root_state_uniform,
+            mode="reset",
+            params={"pose_range": spread, "velocity_range": {}, "asset_cfg": SceneEntityCfg("object")},
+        ),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------
+STACK = Task(
+    isaac="IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor",
+    cameras=("table_cam", "wrist_cam"),
+    state={"eef_position": 3, "eef_quaternion": 4, "finger_positions": 2},
+    terms=("eef_pos", "eef_quat", "gripper_pos"),
+    action={"eef_position_delta": 3, "eef_rotation_delta": 3, "gripper_open": 1},  # inverse kinematics, scaled by 0.5
+    horizon=448,
+    success="success",
+    failures=("cube_1_dropping", "cube_2_dropping", "cube_3_dropping"),
+    instructions=("Stack the red block on the blue block, then stack the green block on the red block.",),
+    privileged=39,
+    privileged_terms=("object",),
+    prepare=plain_wrist_camera,
+)
+TASKS = {
+    "Tabletop-Lift-Cube-v0": Task(
+        module="tabletop",
+        cameras=("cam",),
+        state={"gripper_position": 3, "finger_positions": 2},
+        action={"gripper_delta": 3, "gripper_open": 1},
+        horizon=32,
+        success="success",
+        instructions=("lift the red cube", "lift the blue cube"),
+        target="target",
+        privileged=24,
+        expert="expert_action",
+        demo_params={"reset": {"gantry_share": 0.5}},
+    ),
+    "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor": STACK,
+    # the setting of RLinf's public checkpoint (tag isaaclab_franka), 0.654 success before and 0.897 after its PPO
+    "RLinf-Stack-Cube": dataclasses.replace(
+        STACK,
+        image_size=256,
+        state={"x": 1, "y": 1, "z": 1, "roll": 1, "pitch": 1, "yaw": 1, "gripper": 2},
+        terms=(gripper_frame,),
+        action={"x": 1, "y": 1, "z": 1, "roll": 1, "pitch": 1, "yaw": 1, "gripper": 1},
+    ),
+    "Isaac-Open-Drawer-Franka": Task(
+        cameras=("front_cam",),
+        views={"front_cam": ((-0.6, 1.0, 1.1), (0.5, 0.0, 0.5))},
+        state={"joint_position": 9},
+        terms=("joint_pos",),
+        action={"joint_target": 7, "gripper_open": 1},
+        horizon=480,
+        success=drawer_open,
+        instructions=("Open the top drawer.",),
+        privileged=23,
+        privileged_terms=("joint_pos", "joint_vel", "cabinet_joint_pos", "cabinet_joint_vel", "rel_ee_drawer_distance"),
+    ),
+    "Isaac-Lift-Franka": Task(
+        cameras=("front_cam",),
+        views={"front_cam": ((-1.4, 0.0, 0.9), (-0.5, 0.0, 0.3))},
+        state={"joint_position": 9},
+        terms=("joint_pos",),
+        action={"joint_delta": 9},
+        horizon=240,
+        success=object_raised,
+        instructions=("Lift the cube.",),
+        privileged=21,
+        privileged_terms=("joint_pos", "joint_vel", object_position),
+        overrides=("env.scene.object.spawn=cube",),
+        prepare=lift_cube,
+    ),
+    # no camera: it tries the whole path of a large body without rendering. GR00T has not seen such states or actions
+    "Isaac-Humanoid": Task(
+        cameras=(),
+        state={"base": 12, "joint_position": 21, "joint_velocity": 21},
+        terms=(
+            "base_height", "base_lin_vel", "base_ang_vel", "base_yaw_roll", "base_angle_to_target", "base_up_proj",
+            "base_heading_proj", "joint_pos_norm", "joint_vel_rel",
+        ),
+        action={"joint_effort": 21},
+        horizon=480,
+        success=walked,
+        failures=("torso_height",),
+        instructions=("Walk forward.",),
+    ),
+}  # fmt: skip
+KIT_EVENTS = ("randomize_scene_lighting_domelight", "randomize_visual_texture_material", "randomize_visual_color")
+
+
+def task_config(args: Any, num_envs: int, image_size: int) -> Any:
+    """Isaac Lab's configuration of a row of TASKS, ready for a policy that looks when it wants to.
+
+    Images leave the observation manager: they are rendered when the policy reads a camera. The observation groups
+    `policy` and `critic` become what the row says.
+
+    Args:
+        args: task, device, physics, renderer; `reward` where a script has that choice.
+        num_envs: of this process.
+        image_size: height and width of the cameras [px], unless the row has its own.
+
+    Raises:
+        UsageError: names the flag and the remedy.
+    """
+    import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own tasks)
+    from isaaclab_tasks.utils import parse_env_cfg
+    from isaaclab_tasks.utils.presets import MultiBackendRendererCfg
+
+    from stock_tasks import task_config as stock_config
+
+    task = TASKS[args.task]
+    name, newton = task.isaac or args.task, (args.physics or "newton").startswith(("newton", "mujoco"))
+    if task.module:
+        importlib.import_module(task.module)
+        presets = [f"{k}={v}" for k, v in (("physics", args.physics), ("renderer", args.renderer)) if v]
+        try:
+            cfg = parse_env_cfg(name, args.device, num_envs, overrides=[*presets, *task.overrides])
+        except Exception as error:  # hydra's own kinds
+            raise UsageError(f"--physics {args.physics} --renderer {args.renderer}: {error}") from error
+    else:
+        presets = (f"renderer={args.renderer}",) if args.renderer else ()
+        cfg = stock_config(name, args.device, num_envs, args.physics, (*presets, *task.overrides), {})
+        cfg.compute_final_obs = False
+        newton = newton and (bool(args.physics) or not importlib.util.find_spec("isaacsim"))
+    if not hasattr(cfg, "observations"):
+        raise UsageError(f"--task {args.task}: {name} is a direct task; these scripts take manager-based ones")
+    if task.prepare:
+        task.prepare(cfg)
+    if not task.module:
+        switched_off = switch_off(cfg)
+        if switched_off:
+            log.info(f"{args.task}: switched off {', '.join(switched_off)}, see gr00t_tasks.py")
+        choose_observations(cfg, task, args.task)
+    if getattr(args, "reward", "sparse") == "sparse":
+        cfg.rewards = {}  # success is watched by the script
+    elif isinstance(cfg.rewards, dict) or not vars(cfg.rewards or object()):  # stock_tasks.py has put success there
+        raise UsageError(f"--reward dense: {args.task} has no rewards; use --reward sparse")
+    if newton:  # PhysX and RTX put all environments into one world
+        cfg.scene.env_spacing = 0.0  # equal rounding everywhere: members of a group stay bit-identical
+    for camera, (eye, look_at) in task.views.items():
+        add_view(cfg, camera, eye, look_at)
+    for camera in task.cameras:
+        if not hasattr(cfg.scene, camera):
+            found = [key for key, value in vars(cfg.scene).items() if hasattr(value, "data_types")]
+            raise UsageError(f"--task {args.task}: no camera {camera} in its scene; it has {', '.join(found) or 'none'}")
+        sensor = getattr(cfg.scene, camera)
+        sensor.height = sensor.width = task.image_size or image_size
+        sensor.data_types, sensor.update_latest_camera_pose = ["rgb"], True  # a camera on the wrist moves
+        if newton and not args.renderer and not task.module:
+            sensor.renderer_cfg = MultiBackendRendererCfg().newton_renderer
+    return cfg
+
+
+def switch_off(cfg: Any) -> list[str]:
+    """Takes out events that need Isaac Sim where it is not installed, and those that make environments differ for good."""
+    kit = importlib.util.find_spec("isaacsim") is not None
+    events = cfg.events if isinstance(cfg.events, dict) else vars(cfg.events) if cfg.events else {}
+    names = []
+    for name, term in list(events.items()):
+        function = getattr(term, "func", None)
+        visual = getattr(function, "__name__", str(function)) in KIT_EVENTS
+        if (visual and not kit) or (not visual and getattr(term, "mode", None) in ("startup", "prestartup")):
+            names.append(name)
+            if isinstance(cfg.events, dict):
+                del cfg.events[name]
+            else:
+                setattr(cfg.events, name, None)
+    return names
+
+
+def choose_observations(cfg: Any, task: Task, name: str) -> None:
+    """Makes the observation groups `policy` and `critic` of the row's terms, one tensor each.
+
+    Raises:
+        UsageError: a term that the task lacks; lists what it has.
+    """
+    from isaaclab.managers import ObservationGroupCfg, ObservationTermCfg
+
+    groups = [group for group in vars(cfg.observations).values() if isinstance(group, ObservationGroupCfg)]
+    found = {key: term for group in reversed(groups) for key, term in vars(group).items() if hasattr(term, "func")}
+    found = {key: term for key, term in found.items() if "image" not in getattr(term.func, "__name__", str(term.func))}
+    chosen = {}
+    for group, terms in (("policy", task.terms), ("critic", task.privileged_terms)):
+        if not terms:
+            continue
+        chosen[group] = ObservationGroupCfg(enable_corruption=False, concatenate_terms=True)
+        for term in terms:
+            if isinstance(term, str) and term not in found:
+                raise UsageError(f"--task {name}: it has no observation term {term}; it has {', '.join(found)}")
+            key = term if isinstance(term, str) else term.__name__
+            own = found[term].copy() if isinstance(term, str) else ObservationTermCfg(func=term)
+            own.noise, own.history_length = None, 0
+            setattr(chosen[group], key, own)
+    cfg.observations = chosen
+
+
+def add_view(cfg: Any, name: str, eye: tuple[float, ...], look_at: tuple[float, ...]) -> None:
+    """A camera in every environment at `eye`, towards `look_at` [m], 50 degrees wide."""
+    import isaaclab.sim as sim_utils
+    import torch
+    from isaaclab.sensors import CameraCfg
+    from isaaclab.utils.math import create_rotation_matrix_from_view, quat_from_matrix
+    from isaaclab_tasks.utils.presets import MultiBackendRendererCfg
+
+    view = create_rotation_matrix_from_view(torch.tensor([eye]).float(), torch.tensor([look_at]).float(), "Z")
+    camera = CameraCfg(
+        prim_path="{ENV_REGEX_NS}/" + name, height=64, width=64, data_types=["rgb"],
+        renderer_cfg=MultiBackendRendererCfg().default,
+        spawn=sim_utils.PinholeCameraCfg(focal_length=22.5, horizontal_aperture=20.955, clipping_range=(0.05, 10.0)),
+        offset=CameraCfg.OffsetCfg(pos=eye, rot=quat_from_matrix(view)[0].tolist(), convention="opengl"),
+    )  # fmt: skip
+    setattr(cfg.scene, name, camera)
+
+
+def end_terms(cfg: Any, task: Task) -> dict[str, Any]:
+    """The terminations that a script watches: `success`, and the row's failures."""
+    from isaaclab.managers import TerminationTermCfg
+
+    own = isinstance(task.success, str)
+    success = getattr(cfg.terminations, task.success) if own else TerminationTermCfg(func=task.success)
+    return {"success": success} | {name: getattr(cfg.terminations, name) for name in task.failures}
+
+
+def refresh_sensors(env: Any) -> None:
+    """Lets sensors see the state that a reset has made: Newton moves its frames in physics steps only."""
+    if "newton" in str(env.sim.physics_manager):  # the manager class of the backend
+        from isaaclab_newton.physics import NewtonManager
+
+        for frames in NewtonManager._newton_frame_transform_sensors:
+            frames.update(NewtonManager.get_state_0())
+    for sensor in env.scene.sensors.values():
+        sensor.update(0.0)
+
+
+def check_columns(env: Any, name: str) -> None:
+    """Compares the started task with its row.
+
+    Raises:
+        UsageError: another number of columns than the row says.
+    """
+    task = TASKS[name]
+    groups = env.observation_manager.group_obs_dim
+    sizes = {"state": groups["policy"][0], "action": env.action_manager.total_action_dim}
+    sizes["privileged"] = groups["critic"][0] if "critic" in groups else 0
+    wanted = {"state": sum(task.state.values()), "action": sum(task.action.values()), "privileged": task.privileged}
+    for kind, size in sizes.items():
+        if size != wanted[kind]:
+            raise UsageError(f"--task {name}: {size} {kind} columns, its row in TASKS says {wanted[kind]}")
+
+
+def write_random(name: str, folder: Path, size: str = "tiny", seed: int = 0) -> None:
+    """A checkpoint with random weights that fits a task: to try commands, not to get anything done.
+
+    Args:
+        size: "tiny", or "full" for the layout of the 3B checkpoint, which needs its tokenizer from the hub.
+    """
+    import torch
+
+    from gr00t_n1d5 import EAGLE_PROCESSOR, Gr00tConfig, Gr00tN1d5, Gr00tProcessor, load_tokenizer, tiny_tokenizer
+
+    task = TASKS[name]
+    torch.manual_seed(seed)
+    config = Gr00tConfig()
+    if size == "tiny":
+        dims = {"state_dim": sum(task.state.values()), "action_dim": sum(task.action.values())}
+        config = Gr00tConfig.tiny(**dims, vocab_size=64, max_prompt_tokens=256)
+    words = " ".join(task.instructions).split()
+    tokenizer = tiny_tokenizer(words, config) if size == "tiny" else load_tokenizer(EAGLE_PROCESSOR)
+    ends = torch.tensor([-1.0, 1.0])[:, None]  # statistics that leave numbers as they are
+    data = [{key: ends.expand(2, n) for key, n in columns.items()} for columns in (task.state, task.action)]
+    views = {key: {"resolution": [config.image_size] * 2, "channels": 3, "fps": 10} for key in task.cameras}
+    processor = Gr00tProcessor.from_statistics(config, "new_embodiment", *data, views, tokenizer)
+    with torch.device("cpu"):
+        net = Gr00tN1d5(config)
+    (net if size == "tiny" else net.bfloat16()).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@dataclass
+class Args:
+    """What this file does as a program."""
+
+    task: str | None = None  # row of TASKS to write a checkpoint for; without it, the rows are listed
+    out: Path | None = None  # folder of a checkpoint with random weights
+    size: str = "tiny"  # tiny or full
+    seed: int = 0  # of the weights
+
+
+def main(args: Args) -> None:
+    if args.task is None:
+        for name, task in TASKS.items():
+            views = ", ".join(task.cameras) or "no camera"
+            state, action = sum(task.state.values()), sum(task.action.values())
+            print(f"{name}: {views}; state {state}, action {action}, {task.horizon} steps; {task.instructions[0]}")
+        return
+    if args.task not in TASKS:
+        raise UsageError(f"--task {args.task}: no row for it in TASKS; they are {', '.join(TASKS)}")
+    if args.out is None:
+        raise UsageError("--out: needs a folder to write the checkpoint to")
+    if args.size not in ("tiny", "full"):
+        raise UsageError(f"--size {args.size}: must be tiny or full")
+    write_random(args.task, args.out, args.size, args.seed)
+    print(f"{args.out}: random weights for {args.task}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    import tyro
+
+    try:
+        main(tyro.cli(Args))
+    except UsageError as error:
+        sys.exit(f"error: {error}")
