@@ -1127,16 +1127,16 @@ class Gr00tProcessor:
 
     # inputs
     def prompt(self, instruction: str, views: int = 1, bracketed: bool = False, pad_to: int | None = None) -> Tensor:
-        """Token ids (L,) of an instruction and its camera views, unpadded.
+        """Token ids (L,) of an instruction and its camera views.
 
         Args:
             bracketed: "['sentence']". NVIDIA trains on the plain sentence and serves single observations so.
-            pad_to: L, with zeros on the right. RLinf pads ids and mask so (its padding_value, 570 for the cube stacking
-                checkpoint); its head then attends to the padding, which changes the actions. A policy that continues
-                from RLinf's weights needs these ids, and the unpadded lengths for `Backbone.forward`. Read off RLinf's
-                code: the ids, the mask, the head without a mask. Inferred, for want of its GPU path here: the features
-                of the padding (`Backbone.padding_feature`). Not matched: instructions of different lengths in one batch
-                of RLinf's, which its tokenizer pads on the left first.
+            pad_to: L, with zeros on the right; None: no padding. RLinf pads ids and mask so (its padding_value, 570 for
+                the cube stacking checkpoint); its head attends to the padding, which changes the actions. A policy that
+                continues from RLinf's weights needs these ids, and the unpadded lengths for `Backbone.forward`. Read
+                off RLinf's code: ids, mask, a head without a mask. Inferred from transformers' code, not run: the
+                features of the padding (`Backbone.padding_feature`). Not matched: instructions of different lengths in
+                one batch, which RLinf's tokenizer first pads on the left.
 
         Raises ValueError for a word unknown to a word-level tokenizer and for more than max_prompt_tokens tokens, or
         more than pad_to.

@@ -898,7 +898,7 @@ def eagle_stand_in():
     pieces += ["user", "assistant", "<", "image", " "]
     ids = [8948, 198, 2610, 525, 264, 10950, 17847, 13, 872, 77091, 27, 1805, 220]
     vocabulary = {**dict(zip(pieces, ids, strict=True)), "1": 16, "2": 17, "3": 18, ">": 29, **SPECIAL}
-    vocabulary |= {"lift": 1, " the": 2, " cube": 3}
+    vocabulary |= {"lift": 1, " the": 2, " cube": 3, "['": 4, "']": 5}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     split = Regex(r"\n|<|>|[0-9]|\.| (?=[0-9])| ?[A-Za-z]+| ")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(split, "isolated")
@@ -916,6 +916,8 @@ def test_full_size_prompt_layout():
         images = [[27, 1805, 220, 16 + view, 29, 151670] + [151669] * 256 + [151671] for view in range(views)]
         assert ids == PREFIX + sum(images, []) + [1, 2, 3] + SUFFIX
         assert len(ids) == 19 + 263 * views + 3
+    bracketed = PREFIX + sum(images, []) + [4, 1, 2, 3, 5] + SUFFIX
+    assert processor.prompt("lift the cube", 2, bracketed=True).tolist() == bracketed
     assert processor.prompt("lift the cube", 2, pad_to=570).tolist() == ids + [0] * 22  # RLinf's
     with pytest.raises(ValueError, match="811 prompt tokens, at most 600"):
         processor.prompt("lift the cube", 3)
