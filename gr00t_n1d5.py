@@ -2,7 +2,8 @@
 
 NVIDIA's `gr00t` package pins an old transformers and a compiled flash-attn and cannot be installed beside Isaac Lab
 3.0. This file takes its place: the network, its config.json and weights (read and written), and the steps between raw
-numbers and the network (prompt, images, normalisation). What it saves keeps NVIDIA's files and key names.
+numbers and the network (prompt, images, normalisation). What it saves keeps NVIDIA's files and key names;
+`from_gr00t` and `to_gr00t` copy weights from and to a model that NVIDIA's package holds in memory.
 
     observation -> SigLIP2 + Qwen3 -> features (B, L, D)                     `backbone`, once per observation
     features    -> self-attention -> cross-attention keys and values         `action_head.encode`, once as well
@@ -55,7 +56,7 @@ DEFAULT_INSTRUCTION = "Perform the default behavior."  # NVIDIA's, where a sampl
 
 
 # --------------------------------------------------------------------------------------------------------------- config
-_VISION, _TEXT = "backbone_cfg.vision_config.", "backbone_cfg.text_config."
+_VISION, _TEXT = "eagle_cfg.vision_config.", "eagle_cfg.text_config."  # not backbone_cfg: those are NVIDIA's arguments
 _HEAD, _DIT, _VL = "action_head_cfg.", "action_head_cfg.diffusion_model_cfg.", "action_head_cfg.vl_self_attention_cfg."
 _PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -90,7 +91,7 @@ class Gr00tConfig:
     rope_theta: float = _at(_TEXT + "rope_theta", 1e6)
     max_position_embeddings: int = _at(_TEXT + "max_position_embeddings", 40960)
     initializer_range: float = _at(_TEXT + "initializer_range", 0.02)
-    image_token_id: int = _at("backbone_cfg.image_token_id", 151669)
+    image_token_id: int = _at("eagle_cfg.image_token_index", 151669)
     # action head
     hidden_size: int = _at(_HEAD + "hidden_size", 1024)
     dit_layers: int = _at(_DIT + "num_layers", 16)
@@ -257,10 +258,12 @@ class Backbone(nn.Module):
         )
         self.mlp1 = nn.Sequential(nn.Linear(config.vision_hidden_size, config.text_hidden_size))
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Features (B, L, D) of token ids (B, L) and pixels (B*V, 3, S, S) in [-1, 1], sample-major.
 
-        No padding: the action head has no attention mask, so all prompts of a batch have the same length.
+        Prompts padded on the right keep their features: the language model is causal. At the padded positions stands
+        what is of no use and has to be masked (`ActionHead.encode`), or, given the prompts' lengths (B,), what RLinf
+        has there (`padding_feature`).
         """
         x = self.language_model.embed_tokens(input_ids)  # (B, L, D)
         if len(pixel_values):  # there are tasks without a camera
@@ -273,7 +276,20 @@ class Backbone(nn.Module):
             x = x.masked_scatter(is_image[..., None], image)
         # A mask of None is plainly causal; left to itself transformers looks for packed sequences, a host sync.
         causal = {"full_attention": None}
-        return self.language_model(inputs_embeds=x, attention_mask=causal, use_cache=False).last_hidden_state
+        x = self.language_model(inputs_embeds=x, attention_mask=causal, use_cache=False).last_hidden_state
+        return x if lengths is None else torch.where(is_real(lengths, x.shape[1])[..., None], x, self.padding_feature())
+
+    def padding_feature(self) -> Tensor:
+        """The feature (D,) of a position that is padded with token 0 and masked, as in RLinf's rollouts.
+
+        FlashAttention, which NVIDIA's config of Eagle asks for, skips masked positions, and transformers puts zeros in
+        their place: attention adds nothing to them, and token 0 passes through the MLPs alone. So all padded positions
+        of all prompts are equal. (With transformers' eager or SDPA attention they would look at the real tokens.)
+        """
+        x = self.language_model.embed_tokens.weight[0]
+        for layer in self.language_model.layers:
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.language_model.norm(x)
 
     def _apply(self, fn, recurse=True):
         # .to(bfloat16) would round the rotary frequencies, and leaving the meta device would leave them uninitialised.
@@ -290,12 +306,17 @@ class Backbone(nn.Module):
             embeddings.position_ids = torch.arange(embeddings.num_positions).expand(1, -1)
 
 
+def is_real(lengths: Tensor, length: int) -> Tensor:
+    """(B, length) bool: which positions of prompts with these lengths (B,) are not padding."""
+    return torch.arange(length, device=lengths.device) < lengths[:, None]
+
+
 # ---------------------------------------------------------------------------------------------------------- action head
 KeyValue = tuple[Tensor, Tensor]  # each (B, heads, L, head_dim)
 
 
 class Attention(nn.Module):
-    """Attention without a mask. The names are diffusers', as in the checkpoint."""
+    """Attention; `mask` (B, 1, 1, L) is True at keys that count. The names are diffusers', as in the checkpoint."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, kv_dim: int | None = None):
         super().__init__()
@@ -311,9 +332,9 @@ class Attention(nn.Module):
     def key_value(self, x: Tensor) -> KeyValue:
         return self.split_heads(self.to_k(x)), self.split_heads(self.to_v(x))
 
-    def forward(self, x: Tensor, key_value: KeyValue | None = None) -> Tensor:
+    def forward(self, x: Tensor, key_value: KeyValue | None = None, mask: Tensor | None = None) -> Tensor:
         key, value = self.key_value(x) if key_value is None else key_value
-        out = F.scaled_dot_product_attention(self.split_heads(self.to_q(x)), key, value)
+        out = F.scaled_dot_product_attention(self.split_heads(self.to_q(x)), key, value, mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
@@ -355,8 +376,8 @@ class DiTBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=1e-5, elementwise_affine=False)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, time: Tensor, key_value: KeyValue | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x, time), key_value)
+    def forward(self, x: Tensor, time: Tensor, key_value: KeyValue | None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn1(self.norm1(x, time), key_value, mask)
         return x + self.ff(self.norm3(x))
 
 
@@ -368,8 +389,8 @@ class SelfAttentionBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=1e-5)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn1(self.norm1(x), mask=mask)
         return x + self.ff(self.norm3(x))
 
 
@@ -379,9 +400,9 @@ class SelfAttentionTransformer(nn.Module):
         dim = heads * head_dim
         self.transformer_blocks = nn.ModuleList(SelfAttentionBlock(dim, heads, head_dim) for _ in range(layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for block in self.transformer_blocks:
-            x = block(x)
+            x = block(x, mask)
         return x
 
 
@@ -409,10 +430,10 @@ class DiT(nn.Module):
         self.proj_out_1 = nn.Linear(dim, 2 * dim)
         self.proj_out_2 = nn.Linear(dim, config.hidden_size)
 
-    def forward(self, x: Tensor, bucket: Tensor, key_values: Sequence[KeyValue]) -> Tensor:
+    def forward(self, x: Tensor, bucket: Tensor, key_values: Sequence[KeyValue], mask: Tensor | None = None) -> Tensor:
         time = self.timestep_encoder(bucket)
         for i, block in enumerate(self.transformer_blocks):
-            x = block(x, time, key_values[i // 2] if i % 2 == 0 else None)
+            x = block(x, time, key_values[i // 2], mask) if i % 2 == 0 else block(x, time, None)
         shift, scale = self.proj_out_1(F.silu(time))[:, None].chunk(2, -1)
         return self.proj_out_2(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
@@ -464,11 +485,13 @@ class ActionContext(NamedTuple):
 
     state_tokens: Tensor  # (B, 1, D)
     key_values: tuple[KeyValue, ...]  # of the cross-attention blocks, in order; (B, heads, L, head_dim) each
+    mask: Tensor | None = None  # (B, 1, 1, L), True at keys that are not padding; None: there is no padding
 
     def repeat_interleave(self, n: int) -> "ActionContext":
         """Each observation n times in a row, for n action samples of one observation: B becomes B*n."""
         pairs = tuple((k.repeat_interleave(n, 0), v.repeat_interleave(n, 0)) for k, v in self.key_values)
-        return ActionContext(self.state_tokens.repeat_interleave(n, 0), pairs)
+        mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
+        return ActionContext(self.state_tokens.repeat_interleave(n, 0), pairs, mask)
 
 
 class ActionHead(nn.Module):
@@ -498,11 +521,18 @@ class ActionHead(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.vlln.weight.dtype
 
-    def encode(self, features: Tensor, state: Tensor, embodiment_id: Tensor) -> ActionContext:
-        """Features (B, L, D), normalised state (B, 1, state_dim), embodiment_id (B,): what `velocity` needs, once."""
-        vl = self.vl_self_attention(self.vlln(features.to(self.dtype)))
+    def encode(
+        self, features: Tensor, state: Tensor, embodiment_id: Tensor, lengths: Tensor | None = None
+    ) -> ActionContext:
+        """Features (B, L, D), normalised state (B, 1, state_dim), embodiment_id (B,): what `velocity` needs, once.
+
+        With lengths (B,) the features behind them are ignored, so that prompts of several lengths fit in one batch.
+        NVIDIA's head has no masks: it was trained to attend to whatever padding there was.
+        """
+        mask = None if lengths is None else is_real(lengths, features.shape[1])[:, None, None]  # (B, 1, 1, L)
+        vl = self.vl_self_attention(self.vlln(features.to(self.dtype)), mask)
         key_values = tuple(block.attn1.key_value(vl) for block in self.model.transformer_blocks[::2])
-        return ActionContext(self.state_encoder(state.to(self.dtype), embodiment_id), key_values)
+        return ActionContext(self.state_encoder(state.to(self.dtype), embodiment_id), key_values, mask)
 
     def velocity(self, x: Tensor, bucket: Tensor, embodiment_id: Tensor, context: ActionContext) -> Tensor:
         """Velocity (B, H, A) at noisy actions x (B, H, A) and time bucket (B,) int64 in [0, num_timestep_buckets)."""
@@ -510,7 +540,7 @@ class ActionHead(nn.Module):
         action = action + self.position_embedding.weight[: x.shape[1]]
         future = self.future_tokens.weight.expand(len(x), -1, -1)
         tokens = torch.cat([context.state_tokens, future, action], 1)  # (B, 1 + future + H, D)
-        hidden = self.model(tokens, bucket, context.key_values)[:, -x.shape[1] :]
+        hidden = self.model(tokens, bucket, context.key_values, context.mask)[:, -x.shape[1] :]
         return self.action_decoder(hidden, embodiment_id)
 
     def sample(self, context: ActionContext, embodiment_id: Tensor, noise: Tensor, steps: int | None = None) -> Tensor:
@@ -617,11 +647,49 @@ class Gr00tN1d5(nn.Module):
                 for name, (source_file, key) in sources.items():
                     if source_file != file:
                         continue
-                    owner, _, leaf = name.rpartition(".")
-                    tensor = tensors.get_tensor(key).to(device, dtype, copy=True)  # a copy: it must not alias the file
-                    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+                    model._put(name, tensors.get_tensor(key).to(device, dtype, copy=True))  # must not alias the file
         model.backbone.restore_buffers(torch.device(device))
         return model.eval()
+
+    @classmethod
+    def from_gr00t(
+        cls, live: nn.Module, dtype: torch.dtype | None = None, config: Gr00tConfig | None = None
+    ) -> "Gr00tN1d5":
+        """A copy of a live model of NVIDIA's `gr00t` package (GR00T_N1_5) or of lerobot's port (GR00TN15).
+
+        Args:
+            live: a module with the checkpoint's parameter names; what else it has (a value head) is left alone.
+            dtype: None: every tensor keeps its type.
+            config: None: from `live.config`.
+
+        Raises ValueError for another kind of model, and a list of missing and wrongly shaped parameters.
+        """
+        config = config or Gr00tConfig.from_dict(live.config.to_dict())
+        with torch.device("meta"):
+            model = cls(config)
+        tensors = live.state_dict()
+        for name, key in _match_live(model, tensors).items():
+            model._put(name, tensors[key].to(dtype=dtype, copy=True))
+        model.backbone.restore_buffers(next(model.parameters()).device)
+        return model.eval()
+
+    @torch.no_grad()
+    def to_gr00t(self, live: nn.Module) -> None:
+        """Writes the weights into such a live model, which keeps its types and devices; the inverse of `from_gr00t`.
+
+        After `slice_embodiment` all rows are written, the trained one in its place. Adapters have to be merged before.
+        Raises ValueError as `from_gr00t` does; then nothing has been written.
+        """
+        tensors, parameters = live.state_dict(), dict(self.named_parameters())
+        for name, key in _match_live(self, tensors).items():
+            tensors[key].copy_(self._full(name, parameters[name].detach()))
+            if _plain_name(name) == _EMBED:  # an lm_head that is a tensor of its own follows, as tied weights would
+                for other in (k for k in tensors if _plain_name(k) == _LM_HEAD):
+                    tensors[other].copy_(parameters[name])
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
         """Writes config.json and safetensors in NVIDIA's layout and key names, in shards above the limit.
@@ -782,33 +850,51 @@ def _find_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str,
             files = sorted({folder / name for name in _read_json(folder / _INDEX)["weight_map"].values()})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / _INDEX}: not an index of safetensors shards ({error!r})") from error
-    found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    places: dict[str, Path] = {}
     for file in files:
         with _open_safetensors(file) as tensors:
             for key in tensors.keys():
-                found[_plain_name(key)] = (file, key, tuple(tensors.get_slice(key).get_shape()))
-    lm_head = found.pop(_LM_HEAD, None)
+                found[key], places[key] = tuple(tensors.get_slice(key).get_shape()), file
+    keys = _match(f"{folder}: the weights do not fit the network of its config.json", shapes, found)
+    return {name: (places[key], key) for name, key in keys.items()}
+
+
+def _match_live(model: Gr00tN1d5, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The live model's key of each of our parameters."""
+    shapes = {name: tuple(model._tables.get(name, p).shape) for name, p in model.named_parameters()}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return _match("the live model does not fit the network", shapes, found, extra=True)
+
+
+def _match(
+    problem: str, shapes: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], extra: bool = False
+) -> dict[str, str]:
+    """The public key of each of our parameters, given the shapes of both; with `extra`, other keys may be there, too."""
+    keys = {_plain_name(key): key for key in found}
+    lm_head = keys.pop(_LM_HEAD, None)
     if lm_head is not None:
-        found.setdefault(_EMBED, lm_head)  # tied weights: some fine-tunes keep only this one
-    found = {name: entry for name, entry in found.items() if not name.startswith("backbone.vision_model.head.")}
+        keys.setdefault(_EMBED, lm_head)  # tied weights: some fine-tunes keep only this one
     own = {_plain_name(name): name for name in shapes}
+    unused = [name for name in keys if name not in own and not name.startswith("backbone.vision_model.head.")]
+    fitting = {own[name]: key for name, key in keys.items() if name in own}
     problems = {
-        "missing": [_public_name(name) for name in own if name not in found],
-        "unexpected": [entry[1] for name, entry in found.items() if name not in own],
+        "missing": [_public_name(name) for name in own if name not in keys],
+        "unexpected": [] if extra else [keys[name] for name in unused],
         "wrong shape": [
-            f"{entry[1]} {entry[2]} instead of {shapes[own[name]]}"
-            for name, entry in found.items()
-            if name in own and entry[2] != shapes[own[name]]
+            f"{key} {found[key]} instead of {shapes[name]}"
+            for name, key in fitting.items()
+            if found[key] != shapes[name]
         ],
     }
     if any(problems.values()):
-        lines = [f"{folder}: the weights do not fit the network of its config.json"]
-        for kind, keys in problems.items():
-            if keys:
-                more = f", and {len(keys) - 20} more" if len(keys) > 20 else ""
-                lines.append(f"{len(keys)} {kind}: {', '.join(sorted(keys)[:20])}{more}")
+        lines = [problem]
+        for kind, names in problems.items():
+            if names:
+                more = f", and {len(names) - 20} more" if len(names) > 20 else ""
+                lines.append(f"{len(names)} {kind}: {', '.join(sorted(names)[:20])}{more}")
         raise ValueError("\n".join(lines))
-    return {own[name]: entry[:2] for name, entry in found.items()}
+    return fitting
 
 
 @contextmanager
@@ -847,7 +933,10 @@ def _resolve(path: str | Path, local_files_only: bool = False) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=patterns, local_files_only=local_files_only))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"{path}: no such folder, and nothing from the Hugging Face hub ({reason})") from error
+        raise FileNotFoundError(
+            f"{path}: no such folder, and nothing from the Hugging Face hub ({reason}); "
+            f"where there is a network: hf download {path} --local-dir <folder>, then name that folder here"
+        ) from error
 
 
 def is_full_size(checkpoint: str | Path) -> bool:
@@ -920,6 +1009,21 @@ class Normalizer:
         return torch.where(c["binary"] > 0, (y > 0.5).float(), x)
 
 
+class Augmentation(NamedTuple):
+    """How B samples' images are changed in training, one draw for all views of a sample. On the host."""
+
+    crop: Tensor  # (B, 2) in [0, 1): where the crop lies between top and bottom, left and right
+    factors: Tensor  # (B, 4) of brightness, contrast, saturation, and the shift of hue
+    order: Tensor  # (B, 4) in which these four come
+
+    @classmethod
+    def draw(cls, n: int, generator: torch.Generator) -> "Augmentation":
+        """NVIDIA's RandomCrop and ColorJitter(0.3, 0.4, 0.5, 0.08), for n samples; the generator is a CPU one."""
+        uniform = torch.rand(n, 10, generator=generator)
+        center, width = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.3, 0.4, 0.5, 0.08]])
+        return cls(uniform[:, :2], center + width * (2 * uniform[:, 2:6] - 1), uniform[:, 6:].argsort(1))
+
+
 class Gr00tProcessor:
     """Between raw numbers and the network: prompt, images, normalisation, and the files that describe them.
 
@@ -951,6 +1055,10 @@ class Gr00tProcessor:
                     absent = [name for name in STATISTICS if name not in values]
                     if absent:
                         raise ValueError(f"{tag}: statistics of {modality}.{key} lack {', '.join(absent)}")
+                    sizes = {name: np.size(values[name]) for name in STATISTICS}
+                    if len(set(sizes.values())) > 1:
+                        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+                        raise ValueError(f"{tag}: statistics of {modality}.{key} differ in dimensions ({listed})")
             self.normalizers = {
                 m: Normalizer(keys, {k: self.modes[f"{m}.{k}"] for k in keys if f"{m}.{k}" in self.modes})
                 for m, keys in statistics.items()
@@ -1053,11 +1161,20 @@ class Gr00tProcessor:
         return math.ceil(self.config.image_size / self.config.image_crop)
 
     # inputs
-    def prompt(self, instruction: str, views: int = 1, bracketed: bool = False) -> Tensor:
-        """Token ids (L,) of an instruction and its camera views, unpadded.
+    def prompt(self, instruction: str, views: int = 1, bracketed: bool = False, pad_to: int | None = None) -> Tensor:
+        """Token ids (L,) of an instruction and its camera views.
 
-        NVIDIA trains on the plain sentence and serves single observations as "['sentence']": `bracketed`.
-        Raises ValueError for a word unknown to a word-level tokenizer and for more than max_prompt_tokens tokens.
+        Args:
+            bracketed: "['sentence']". NVIDIA trains on the plain sentence and serves single observations so.
+            pad_to: L, with zeros on the right; None: no padding. RLinf pads ids and mask so (its padding_value, 570 for
+                the cube stacking checkpoint); its head attends to the padding, which changes the actions. A policy that
+                continues from RLinf's weights needs these ids, and the unpadded lengths for `Backbone.forward`. Read
+                off RLinf's code: ids, mask, a head without a mask. Inferred from transformers' code, not run: the
+                features of the padding (`Backbone.padding_feature`). Not matched: instructions of different lengths in
+                one batch, which RLinf's tokenizer first pads on the left.
+
+        Raises ValueError for a word unknown to a word-level tokenizer and for more than max_prompt_tokens tokens, or
+        more than pad_to.
         """
         config = self.config
         instruction = instruction if instruction.strip() else DEFAULT_INSTRUCTION
@@ -1075,29 +1192,53 @@ class Gr00tProcessor:
         length, limit = len(encoding.ids), config.max_prompt_tokens
         if length > limit:
             raise ValueError(f"instruction {instruction!r}: {length} prompt tokens, at most {limit} are allowed")
-        return torch.tensor(encoding.ids)
+        if pad_to is not None and length > pad_to:
+            raise ValueError(f"instruction {instruction!r}: {length} prompt tokens cannot be padded to {pad_to}")
+        return pad_prompts([torch.tensor(encoding.ids)], pad_to)[0][0]
 
-    def images(self, images: Tensor) -> Tensor:
+    def images(self, images: Tensor, augmentation: Augmentation | None = None) -> Tensor:
         """Pixels (B*V, 3, S, S) in [-1, 1] from uint8 images (B, V, H, W, 3), on their device.
 
         NVIDIA's evaluation transform: centre crop, antialiased bilinear resize, truncation to uint8. Where neither crop
-        nor resize is due the bytes are taken as they are.
+        nor resize is due the bytes are taken as they are. With an `augmentation`, NVIDIA's training transform: the crop
+        is a random one, and colours are jittered after the resize.
         """
         if images.dtype != torch.uint8 or images.ndim != 5 or images.shape[-1] != 3:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, not uint8 (B, V, H, W, 3)")
         size, crop = self.config.image_size, self.config.image_crop
-        x = images.flatten(0, 1).permute(0, 3, 1, 2)  # (B*V, 3, H, W)
+        x = images.permute(0, 1, 4, 2, 3)  # (B, V, 3, H, W)
         height, width = x.shape[-2:]
-        if len(x) == 0:  # no camera
+        if not x.shape[1]:  # no camera
             return x.new_empty(0, 3, size, size, dtype=torch.float32)
-        if crop != 1 or (height, width) != (size, size):
-            h, w = int(crop * height), int(crop * width)
-            top, left = round((height - h) / 2), round((width - w) / 2)  # torchvision's center_crop
-            x = x[..., top : top + h, left : left + w].float() / 255
-            if (h, w) != (size, size):
-                x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        h, w = int(crop * height), int(crop * width)
+        if augmentation is not None:
+            x = torch.stack([self._augmented(*sample) for sample in zip(x, *augmentation, strict=True)])
+        elif (h, w) != (height, width) or (h, w) != (size, size):
+            # torchvision's center_crop
+            x = self._resized(x.flatten(0, 1), round((height - h) / 2), round((width - w) / 2), h, w)
             x = (x * 255).to(torch.uint8)  # truncates, as in the reference
-        return x.float() / 127.5 - 1
+        return x.reshape(-1, 3, size, size).float() / 127.5 - 1
+
+    def _resized(self, x: Tensor, top: int, left: int, h: int, w: int) -> Tensor:
+        """A crop of uint8 images (..., 3, H, W), in [0, 1], at the network's size."""
+        size = self.config.image_size
+        x = x[..., top : top + h, left : left + w].float() / 255
+        if (h, w) != (size, size):
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        return x
+
+    def _augmented(self, x: Tensor, crop: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+        """One sample's views, uint8 (V, 3, H, W), as uint8 (V, 3, S, S)."""
+        from torchvision.transforms.v2 import functional as jitter  # takes seconds, and only imitation needs it
+
+        height, width = x.shape[-2:]
+        h, w = int(self.config.image_crop * height), int(self.config.image_crop * width)
+        top, left = (int(u * (free + 1)) for u, free in zip(crop.tolist(), (height - h, width - w)))
+        x, values = self._resized(x, top, left, h, w), factors.tolist()
+        adjust = (jitter.adjust_brightness, jitter.adjust_contrast, jitter.adjust_saturation, jitter.adjust_hue)
+        for i in order.tolist():
+            x = adjust[i](x, values[i])
+        return (x * 255).to(torch.uint8)
 
     def normalize_state(self, state: Tensor) -> Tensor:
         """Raw state (B, d) -> (B, 1, state_dim), zero-padded on the right."""
@@ -1119,11 +1260,29 @@ class Gr00tProcessor:
         return len(self.normalizers["action"])
 
 
+def pad_prompts(prompts: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Token ids (P, L), padded with zeros on the right to `length` or the longest, and the lengths (P,) before.
+
+    Raises ValueError where a prompt is longer than `length`.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    length = max(lengths) if length is None else length
+    if max(lengths) > length:
+        raise ValueError(f"a prompt of {max(lengths)} tokens cannot be padded to {length}")
+    return torch.stack([F.pad(prompt, (0, length - len(prompt))) for prompt in prompts]), torch.tensor(lengths)
+
+
 def load_tokenizer(path: str | Path, local_files_only: bool = False) -> Tokenizer:
     """tokenizer.json if there is one, else the Eagle processor's vocab.json and merges.txt, here or on the hub."""
     folder = _resolve(path, local_files_only)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        folder = _resolve(EAGLE_PROCESSOR, local_files_only)
+        try:
+            folder = _resolve(EAGLE_PROCESSOR, local_files_only)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{folder}: has no tokenizer, and the hub's cannot be had; where there is a network: hf download "
+                f"{EAGLE_PROCESSOR} --local-dir <folder>, then copy its .json and .txt files, config.json excepted, here"
+            ) from error
     try:
         if (folder / "tokenizer.json").is_file():
             return Tokenizer.from_file(str(folder / "tokenizer.json"))

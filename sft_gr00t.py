@@ -70,6 +70,7 @@ class Args:
     ema: float = 0.99  # decay of the weights' moving average
     max_grad_norm: float = 1.0  # global gradient norm
     tune: Literal["all", "head"] = "all"  # what is trained
+    augment: Literal["auto", "on", "off"] = "auto"  # random crops and colour jitter of images; auto: at full size
     denoise_steps: int = 4  # K, denoising steps of the evaluation
     micro_batch_size: int = 128  # samples per forward pass; gradients are accumulated over a batch
     backbone_bf16: bool = False  # run the backbone under bfloat16 autocast; only where it is frozen (--tune head)
@@ -85,7 +86,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import Noise, Ranks, RunLogger, UsageError, check_numbers, pick_device, run_name, wilson_interval
-from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, load_tokenizer, tiny_tokenizer
+from gr00t_n1d5 import (
+    Augmentation,
+    Gr00tConfig,
+    Gr00tN1d5,
+    Gr00tProcessor,
+    is_full_size,
+    load_tokenizer,
+    tiny_tokenizer,
+)
 from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config
 
 
@@ -107,6 +116,8 @@ def resolve(args: Args) -> Args:
     check_numbers(args, positive, "seed eval_every eval_episodes eval_seed weight_decay ema")
     if args.backbone_bf16 and args.tune == "all":
         raise UsageError("--backbone-bf16: the backbone is trained, in fp32; use it with --tune head")
+    if args.augment == "auto":
+        args.augment = "on" if args.checkpoint and is_full_size(args.checkpoint) else "off"
     args.exp_name = run_name(args, "sft_gr00t")
     return args
 
@@ -252,10 +263,10 @@ class Gr00tPolicy(nn.Module):
     def embodiment(self, n: int) -> Tensor:
         return torch.full((n,), self.processor.embodiment_id, dtype=torch.long, device=self.prompts.device)
 
-    def context(self, images: Tensor, state: Tensor, prompt: Tensor):
+    def context(self, images: Tensor, state: Tensor, prompt: Tensor, augmentation: Augmentation | None = None):
         """What the denoising steps need of raw observations: images (B, V, H, W, 3), state (B, d), prompt (B,)."""
         with torch.autocast(self.prompts.device.type, torch.bfloat16, self.bf16):
-            features = self.net.backbone(self.prompts[prompt], self.processor.images(images))
+            features = self.net.backbone(self.prompts[prompt], self.processor.images(images, augmentation))
         state = self.processor.normalize_state(state)
         return self.net.action_head.encode(features, state, self.embodiment(len(state)))
 
@@ -368,11 +379,18 @@ def collect(args: Args, env: ChunkEnv, action_horizon: int, logger: RunLogger) -
 
 
 # ======== loss ========================================================================================================
-def flow_matching_loss(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def flow_matching_loss(
+    policy: Gr00tPolicy,
+    demos: Demonstrations,
+    rows: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    augmentation: Augmentation | None = None,
+) -> Tensor:
     """GR00T's imitation loss, a scalar, on some demonstrations: row indices (B,), noise (B, H, A), times (B,)."""
     device = policy.prompts.device
     images, state, prompt, action = (x[rows].to(device) for x in demos)
-    context = policy.context(images, state, prompt)  # without gradients in the backbone where it is frozen
+    context = policy.context(images, state, prompt, augmentation)  # without gradients in the backbone where it is frozen
     target = policy.processor.normalize_action(action)  # (B, H, A)
     mask = torch.zeros_like(target)
     mask[..., : policy.processor.valid_action_dims] = 1.0
@@ -380,12 +398,20 @@ def flow_matching_loss(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor,
     return policy.net.action_head.flow_matching_loss(context, row, target, mask, noise.to(device), t.to(device))
 
 
-def backward(policy: Gr00tPolicy, demos: Demonstrations, rows: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def backward(
+    policy: Gr00tPolicy,
+    demos: Demonstrations,
+    rows: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    augmentation: Augmentation | None = None,
+) -> Tensor:
     """Adds a batch's gradients up, one micro-batch at a time; the loss without its graph."""
     total = torch.zeros((), device=policy.prompts.device)
     for micro in torch.arange(len(rows)).split(policy.micro_batch_size):
         own = rows[micro].to(demos.state.device)
-        loss = flow_matching_loss(policy, demos, own, noise[micro], t[micro]) * (len(micro) / len(rows))
+        part = augmentation and Augmentation(*(x[micro] for x in augmentation))
+        loss = flow_matching_loss(policy, demos, own, noise[micro], t[micro], part) * (len(micro) / len(rows))
         loss.backward()
         total += loss.detach()
     return total
@@ -420,8 +446,9 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tPolicy, logger: RunLogger, ins
         rows = torch.randint(len(demos.state), (args.batch_size,), generator=generator)
         noise = torch.randn(len(rows), policy.chunk, policy.net.config.action_dim, generator=generator)
         t = policy.net.action_head.sample_time(len(rows), generator)
+        augmentation = Augmentation.draw(len(rows), generator) if args.augment == "on" else None
         optimizer.zero_grad()
-        loss = backward(policy, demos, rows, noise, t)
+        loss = backward(policy, demos, rows, noise, t, augmentation)
         torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         decay = min(args.ema, (1 + step) / (10 + step))

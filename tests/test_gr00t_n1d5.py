@@ -3,20 +3,28 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AttentionInterface
 
 from gr00t_n1d5 import (
+    EAGLE_PROCESSOR,
     EMBODIMENT_IDS,
     STATISTICS,
+    Augmentation,
     CategorySpecificLinear,
     Gr00tConfig,
     Gr00tN1d5,
     Gr00tProcessor,
+    load_tokenizer,
+    pad_prompts,
     tiny_tokenizer,
 )
 
@@ -179,11 +187,16 @@ def test_bf16_backbone_and_fp32_head():
     assert 0 < (mixed - full).abs().max() < 0.2 * full.std()
     assert torch.equal(model.backbone.language_model.rotary_emb.inv_freq, rotary)  # bf16 would bend the positions
     model.action_head.to(torch.bfloat16)
-    assert model.action_head.sample(
-        model.action_head.encode(model.backbone(inputs["input_ids"], inputs["pixel_values"]), inputs["state"], None),
-        inputs["embodiment_id"],
-        inputs["noise"],
-    ).dtype == torch.float32  # the chain stays in the noise's type
+    assert (
+        model.action_head.sample(
+            model.action_head.encode(
+                model.backbone(inputs["input_ids"], inputs["pixel_values"]), inputs["state"], None
+            ),
+            inputs["embodiment_id"],
+            inputs["noise"],
+        ).dtype
+        == torch.float32
+    )  # the chain stays in the noise's type
 
 
 def test_backbone_is_causal():
@@ -198,6 +211,79 @@ def test_backbone_is_causal():
         other_word = model.backbone(ids, inputs["pixel_values"])
     assert torch.equal(before[:, :3], other_image[:, :3]) and not torch.allclose(before[:, 3:], other_image[:, 3:])
     assert ((before - other_word).abs().amax(-1) > 1e-3).all()
+
+
+def padded_inputs(config, lengths):
+    """tiny_inputs with words behind the image tokens, cut to these lengths and padded with a token that means something."""
+    inputs = tiny_inputs(config, len(lengths))
+    words = torch.randint(2, 9, (len(lengths), 8))
+    ids = torch.cat([inputs["input_ids"], words], 1)[:, : max(lengths)]
+    behind = torch.arange(ids.shape[1]) >= torch.tensor(lengths)[:, None]
+    return {**inputs, "input_ids": ids.masked_fill(behind, 5)}
+
+
+def test_prompts_of_several_lengths_in_one_batch():
+    """A padded row gives the actions that it gives alone and unpadded; so do its copies, and so does the loss."""
+    config, lengths = Gr00tConfig.tiny(vl_layers=2), [20, 25, 23]
+    model, inputs = Gr00tN1d5(config), padded_inputs(Gr00tConfig.tiny(), lengths)
+    head = model.action_head
+    with torch.no_grad():
+        features = model.backbone(inputs["input_ids"], inputs["pixel_values"])
+        given = (inputs["state"], inputs["embodiment_id"])
+        context = head.encode(features, *given, torch.tensor(lengths))
+        actions = head.sample(context, given[1], inputs["noise"])
+        twice = head.sample(
+            context.repeat_interleave(2), given[1].repeat_interleave(2), inputs["noise"].repeat_interleave(2, 0)
+        )
+        unmasked = head.sample(head.encode(features, *given), given[1], inputs["noise"])
+        for i, n in enumerate(lengths):
+            alone = {name: x[i : i + 1] for name, x in inputs.items()}
+            expected = run(model, alone, input_ids=alone["input_ids"][:, :n])
+            torch.testing.assert_close(actions[i : i + 1], expected, atol=1e-6, rtol=0)
+            torch.testing.assert_close(twice[2 * i : 2 * i + 2], expected.expand(2, -1, -1), atol=1e-6, rtol=0)
+            assert (unmasked[i] - expected[0]).abs().max() > 1e-3 or n == max(lengths)
+    everywhere = features.clone().requires_grad_()
+    head.velocity(
+        inputs["noise"],
+        torch.zeros(3, dtype=torch.long),
+        given[1],
+        head.encode(everywhere, *given, torch.tensor(lengths)),
+    ).sum().backward()
+    for row, n in zip(everywhere.grad, lengths, strict=True):
+        assert (row[:n] != 0).any(1).all() and (row[n:] == 0).all()
+    assert head.encode(features, *given).mask is None  # the fused kernels take no mask
+
+
+def test_features_of_padding_as_flash_attention_leaves_them():
+    """Every layer's attention skips the padding and leaves zeros there, as transformers' unpad_input and pad_input do."""
+    config, lengths = Gr00tConfig.tiny(text_layers=3), [20, 25, 23]
+    model, inputs = Gr00tN1d5(config), padded_inputs(Gr00tConfig.tiny(), lengths)
+    ids, calls = inputs["input_ids"], 0
+    for name, p in model.backbone.language_model.named_parameters():
+        if "norm" in name:  # they start as ones
+            p.data += 0.5 * torch.randn(p.shape)
+    ids = ids.masked_fill(torch.arange(25) >= torch.tensor(lengths)[:, None], 0)
+    with torch.no_grad():
+        found = model.backbone(ids, inputs["pixel_values"], torch.tensor(lengths))
+        plain = model.backbone(ids, inputs["pixel_values"])
+
+        def unpadding(module, query, key, value, mask, **kwargs):
+            nonlocal calls
+            calls += 1
+            out = torch.zeros(3, 25, *query.shape[1::2])
+            for i, n in enumerate(lengths):
+                row = (x[i, :, :n] for x in (query, key, value))
+                out[i, :n] = F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True).transpose(0, 1)
+            return out, None
+
+        AttentionInterface.register("unpadding", unpadding)
+        model.backbone.language_model.config._attn_implementation = "unpadding"
+        expected = model.backbone(ids, inputs["pixel_values"])
+    assert calls == config.text_layers
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    for i, n in enumerate(lengths):
+        assert torch.equal(found[i, :n], plain[i, :n])
+        assert n == 25 or (found[i, n:] - plain[i, n:]).abs().max() > 0.1
 
 
 def test_image_tokens_must_match_image_features():
@@ -265,6 +351,22 @@ def test_public_config_is_full_size():
         Gr00tConfig.from_dict(public)
     with pytest.raises(ValueError, match="model_type"):
         Gr00tConfig.from_dict({"model_type": "qwen3"})
+
+
+def test_config_holds_nothing_that_nvidias_constructors_refuse():
+    """NVIDIA's GR00T_N1_5 passes these dicts on as keyword arguments; an unknown one would stop it."""
+    config = Gr00tConfig().to_dict()
+    assert set(config["backbone_cfg"]) == {
+        "tune_llm", "tune_visual", "select_layer", "reproject_vision", "use_flash_attention", "load_bf16", "eagle_path",
+        "project_to_dim",
+    }  # fmt: skip
+    dit = {
+        "num_attention_heads", "attention_head_dim", "output_dim", "num_layers", "dropout", "attention_bias",
+        "activation_fn", "norm_type", "final_dropout", "positional_embeddings", "interleave_self_attention",
+        "cross_attention_dim",
+    }  # fmt: skip
+    assert set(config["action_head_cfg"]["diffusion_model_cfg"]) <= dit
+    assert set(config["action_head_cfg"]["vl_self_attention_cfg"]) <= dit - {"norm_type", "cross_attention_dim"}
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -384,7 +486,20 @@ def test_damaged_or_absent_files(folder, tmp_path, monkeypatch):
     fails(FileNotFoundError, "config.json: no such file")
     fails(FileNotFoundError, "no such folder", tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path)
-    fails(FileNotFoundError, "nothing from the Hugging Face hub", "checkpoints/nowhere")
+    remedy = "nothing from the Hugging Face hub .*: hf download checkpoints/nowhere --local-dir <folder>"
+    fails(FileNotFoundError, remedy, "checkpoints/nowhere")
+
+
+def test_tokenizer_that_cannot_be_had(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to host\nmore")
+
+    monkeypatch.setattr("gr00t_n1d5.snapshot_download", unreachable)
+    with pytest.raises(FileNotFoundError) as error:
+        load_tokenizer(tmp_path)
+    text = str(error.value)
+    assert text.startswith(f"{tmp_path}: has no tokenizer") and f"hf download {EAGLE_PROCESSOR}" in text
+    assert "\n" not in text
 
 
 def test_buffers_and_types_after_loading(folder, golden):
@@ -440,6 +555,101 @@ def test_slice_embodiment(golden, folder, tmp_path):
         sliced.slice_embodiment(0)
     with pytest.raises(ValueError, match="embodiment id 4"):
         model.slice_embodiment(4)
+
+
+# -------------------------------------------------------------------------------------------------------- live exchange
+def live_model(weights, config, dtype=None):
+    """A stand-in for GR00T_N1_5: modules and parameters with the public names, lm_head tied, a head of its own."""
+    live = nn.Module()
+    live.config = SimpleNamespace(to_dict=lambda: config)
+
+    def put(key, parameter):
+        owner, (*path, leaf) = live, key.split(".")
+        for name in path:
+            if name not in dict(owner.named_children()):
+                owner.add_module(name, nn.Module())
+            owner = owner.get_submodule(name)
+        owner.register_parameter(leaf, parameter)
+        return parameter
+
+    for key, x in weights.items():
+        parameter = put(key, nn.Parameter(x.to(dtype or x.dtype, copy=True)))
+        if key == LANGUAGE + "model.embed_tokens.weight":
+            put(LANGUAGE + "lm_head.weight", parameter)
+    put("action_head.value_head.weight", nn.Parameter(torch.full((2,), 7.0)))
+    return live
+
+
+def test_from_a_live_model(golden, folder):
+    expected = run(Gr00tN1d5.from_pretrained(folder), golden["inputs"])
+    live = live_model(golden["weights"], golden["config"])
+    model = Gr00tN1d5.from_gr00t(live)
+    assert torch.equal(run(model, golden["inputs"]), expected) and not model.training
+    for parameter in live.parameters():  # a copy: what the live model does later is its own affair
+        parameter.data.zero_()
+    assert torch.equal(run(model, golden["inputs"]), expected)
+    flat = {key.replace("vision_model.vision_model.", "vision_model."): x for key, x in golden["weights"].items()}
+    assert torch.equal(run(Gr00tN1d5.from_gr00t(live_model(flat, golden["config"])), golden["inputs"]), expected)
+    live = live_model(golden["weights"], golden["config"], torch.bfloat16)
+    assert {p.dtype for p in Gr00tN1d5.from_gr00t(live).parameters()} == {torch.bfloat16}
+    model = Gr00tN1d5.from_gr00t(live, torch.float32, Gr00tConfig.from_dict(golden["config"]))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert 0 < (run(model, golden["inputs"]) - expected).abs().max() < 0.1
+
+
+def test_to_a_live_model(golden, folder):
+    model = Gr00tN1d5.from_pretrained(folder)
+    blank = {key: torch.full_like(x, 5) for key, x in golden["weights"].items()}
+    for rename in (str, lambda key: key.replace("vision_model.vision_model.", "vision_model.")):
+        live = live_model({rename(key): x for key, x in blank.items()}, golden["config"], torch.bfloat16)
+        model.to_gr00t(live)
+        found = live.state_dict()
+        for key, x in golden["weights"].items():
+            unused = ".vision_model.head." in key
+            assert torch.equal(found[rename(key)], (blank[key] if unused else x).bfloat16()), key
+        assert torch.equal(found["action_head.value_head.weight"], torch.full((2,), 7.0))
+        tied = golden["weights"][LANGUAGE + "model.embed_tokens.weight"].bfloat16()
+        assert torch.equal(found[LANGUAGE + "lm_head.weight"], tied)
+    live = live_model(blank, golden["config"])
+    head = live.get_submodule(LANGUAGE + "lm_head")
+    head.weight = nn.Parameter(head.weight.detach().clone())  # untied
+    model.to_gr00t(live)
+    assert torch.equal(head.weight, golden["weights"][LANGUAGE + "model.embed_tokens.weight"])
+    assert torch.equal(run(Gr00tN1d5.from_gr00t(live), golden["inputs"]), run(model, golden["inputs"]))
+
+
+def test_a_sliced_model_writes_all_rows_to_a_live_one(golden, folder):
+    model = Gr00tN1d5.from_pretrained(folder)
+    model.slice_embodiment(3)
+    with torch.no_grad():
+        model.action_head.action_decoder.layer2.b.add_(1)
+    live = live_model({key: torch.zeros_like(x) for key, x in golden["weights"].items()}, golden["config"])
+    model.to_gr00t(live)
+    found, key = live.state_dict(), "action_head.action_decoder.layer2.b"
+    expected = golden["weights"][key].clone()
+    expected[3] += 1
+    assert torch.equal(found[key], expected)
+    assert torch.equal(
+        found["action_head.state_encoder.layer1.W"], golden["weights"]["action_head.state_encoder.layer1.W"]
+    )
+
+
+def test_a_live_model_that_does_not_fit_is_refused(golden, folder):
+    weights = dict(golden["weights"])
+    del weights["action_head.vlln.bias"]
+    weights["action_head.vlln.weight"] = torch.zeros(3)
+    live = live_model(weights, golden["config"])
+    before = {key: x.clone() for key, x in live.state_dict().items()}
+    model = Gr00tN1d5.from_pretrained(folder)
+    for attempt in (lambda: Gr00tN1d5.from_gr00t(live), lambda: model.to_gr00t(live)):
+        with pytest.raises(ValueError) as error:
+            attempt()
+        assert "1 missing: action_head.vlln.bias" in str(error.value)
+        assert "1 wrong shape: action_head.vlln.weight (3,) instead of (24,)" in str(error.value)
+        assert "value_head" not in str(error.value)
+    assert all(torch.equal(x, before[key]) for key, x in live.state_dict().items())
+    with pytest.raises(ValueError, match="model_type is 'gr00t_n1_6'"):
+        Gr00tN1d5.from_gr00t(live_model(weights, {"model_type": "gr00t_n1_6"}))
 
 
 # ------------------------------------------------------------------------------------------------------------ processor
@@ -502,8 +712,9 @@ def test_normalisation_modes(mode):
 def test_processor_files(processor, tmp_path):
     processor.metadata["other"] = {"kept": True}
     processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="None is not one of gr1, other"):
-        Gr00tProcessor.from_pretrained(tmp_path, processor.config)
+    for tag in (None, "gr2"):
+        with pytest.raises(ValueError, match=f"metadata.json: embodiment tag {tag!r} is not one of gr1, other"):
+            Gr00tProcessor.from_pretrained(tmp_path, processor.config, tag)
     again = Gr00tProcessor.from_pretrained(tmp_path, processor.config, "gr1")
     assert again.metadata == processor.metadata
     x = torch.randn(4, 4)
@@ -519,6 +730,10 @@ def test_processor_files(processor, tmp_path):
     del content["gr1"]["statistics"]["state"]["joints"]["q99"]
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="state.joints lack q99"):
+        Gr00tProcessor.from_pretrained(tmp_path / "binary", processor.config)
+    content["gr1"]["statistics"]["state"]["joints"]["q99"] = [1.0, 2.0]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"binary: gr1: statistics of state.joints differ .*q01 3, q99 2"):
         Gr00tProcessor.from_pretrained(tmp_path / "binary", processor.config)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="metadata.json"):
@@ -557,20 +772,77 @@ def reference_images(image, size, crop):
     return (x * 255).permute(2, 0, 1)
 
 
-@pytest.mark.parametrize("shape", [(75, 90), (20, 31)])
-def test_images_against_a_slow_formula(shape):
+@pytest.mark.parametrize("shape, views", [((75, 90), 2), ((20, 31), 1), ((256, 256), 1), ((64, 48), 2)])
+def test_images_against_a_slow_formula(shape, views):
     config = Gr00tConfig.tiny(image_size=32, image_crop=0.95)
-    images = torch.randint(0, 256, (2, 2, *shape, 3), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, views, *shape, 3), dtype=torch.uint8)
     pixels = make_processor(config).images(images)
-    assert pixels.shape == (4, 3, 32, 32) and pixels.dtype == torch.float32
+    assert pixels.shape == (2 * views, 3, 32, 32) and pixels.dtype == torch.float32
     values = (pixels + 1) * 127.5
     whole = values.round()
     torch.testing.assert_close(values, whole, atol=1e-4, rtol=0)  # truncated to uint8
-    for i in range(4):  # sample-major
-        exact = reference_images(images[i // 2, i % 2], 32, 0.95)
+    for i in range(2 * views):  # sample-major
+        exact = reference_images(images[i // views, i % views], 32, 0.95)
         safe = (exact - exact.round()).abs() > 1e-3  # fp32 may fall on either side of a whole number
         assert safe.float().mean() > 0.95
         assert torch.equal(whole[i][safe].double(), exact.floor()[safe])
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (224, 224), (480, 640), (300, 200)])
+def test_images_against_torchvision(shape):
+    """The transforms of NVIDIA's data configs, at full size."""
+    transforms = pytest.importorskip("torchvision.transforms.v2")
+    height, width = shape
+    images = torch.randint(0, 256, (1, 2, height, width, 3), dtype=torch.uint8)
+    crop = transforms.CenterCrop((int(height * 0.95), int(width * 0.95)))
+    resize = transforms.Resize((224, 224), interpolation=transforms.InterpolationMode.BILINEAR, antialias=True)
+    expected = resize(crop(images[0].permute(0, 3, 1, 2).float() / 255)) * 255
+    config = Gr00tConfig.tiny(image_size=224, image_crop=0.95)
+    found = (make_processor(config).images(images) + 1) * 127.5
+    torch.testing.assert_close(found, expected.to(torch.uint8).float(), atol=1e-4, rtol=0)
+
+
+def test_augmentation_against_torchvision():
+    """RandomCrop, Resize and ColorJitter with the drawn parameters, one draw for all views of a sample."""
+    transforms = pytest.importorskip("torchvision.transforms.v2")
+    images = torch.randint(0, 256, (3, 2, 40, 60, 3), dtype=torch.uint8)
+    draws = Augmentation(
+        torch.tensor([[0.0, 0.999999], [0.999999, 0.0], [0.4, 0.6]]),  # a free margin of 2 and 3 pixels
+        torch.tensor([[0.8, 1.3, 0.6, 0.05], [1.2, 0.7, 1.4, -0.08], [1.0, 1.0, 1.0, 0.0]]),
+        torch.tensor([[3, 1, 0, 2], [0, 1, 2, 3], [2, 3, 1, 0]]),
+    )
+    names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
+    jitter = transforms.ColorJitter(0.3, 0.4, 0.5, 0.08)
+    resize = transforms.Resize((32, 32), interpolation=transforms.InterpolationMode.BILINEAR, antialias=True)
+    config = Gr00tConfig.tiny(image_size=32, image_crop=0.95)
+    found = ((make_processor(config).images(images, draws) + 1) * 127.5).unflatten(0, (3, 2))
+    for i, (top, left) in enumerate([(0, 3), (2, 0), (1, 2)]):
+        x = transforms.functional.crop(images[i].permute(0, 3, 1, 2), top, left, 38, 57)
+        params = {"fn_idx": draws.order[i], **dict(zip(names, draws.factors[i].tolist(), strict=True))}
+        expected = (jitter.transform(resize(x.float() / 255), params) * 255).to(torch.uint8)
+        torch.testing.assert_close(found[i], expected.float(), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="zip"):
+        make_processor(config).images(images[:2], draws)
+
+
+def test_draws_of_the_augmentation():
+    """NVIDIA's ranges, evenly, and nothing but the generator decides."""
+    draws = Augmentation.draw(20_000, torch.Generator().manual_seed(1))
+    again = Augmentation.draw(20_000, torch.Generator().manual_seed(1))
+    assert all(torch.equal(x, y) for x, y in zip(draws, again, strict=True))
+    state = torch.get_rng_state()
+    Augmentation.draw(5, torch.Generator().manual_seed(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    low, high = torch.tensor([0.7, 0.6, 0.5, -0.08]), torch.tensor([1.3, 1.4, 1.5, 0.08])
+    uniform = torch.cat([draws.crop, (draws.factors - low) / (high - low)], 1)
+    assert uniform.min() >= -1e-5 and uniform.max() <= 1 + 1e-5 and draws.crop.max() < 1
+    for q in (0.001, 0.25, 0.5, 0.75, 0.999):
+        torch.testing.assert_close(uniform.quantile(q, 0), torch.full((6,), q), atol=0.02, rtol=0)
+    assert torch.equal(draws.order.sort(1).values, torch.arange(4).expand(20_000, 4))
+    assert len(draws.order.unique(dim=0)) == 24
+    everything = torch.cat([uniform, draws.order[:, :3]], 1).T.corrcoef() - torch.eye(9)
+    everything[6:, 6:] = 0  # what comes first does not come second
+    assert everything.abs().max() < 0.03
 
 
 def test_images_pass_untouched_where_nothing_is_due(processor):
@@ -599,6 +871,19 @@ def test_tiny_prompt(processor):
         Gr00tProcessor(Gr00tConfig.tiny(image_token_id=2), tokenizer, processor.metadata, "gr1")
 
 
+def test_padded_prompts(processor):
+    short, long = processor.prompt("lift cube"), processor.prompt("lift the red cube")
+    assert processor.prompt("lift cube", pad_to=21).tolist() == short.tolist() + [0] * 3
+    assert torch.equal(processor.prompt("lift cube", pad_to=18), short)
+    with pytest.raises(ValueError, match="'lift the red cube'.* 20 prompt tokens cannot be padded to 19"):
+        processor.prompt("lift the red cube", pad_to=19)
+    ids, lengths = pad_prompts([short, long])
+    assert lengths.tolist() == [18, 20] and ids[0].tolist() == short.tolist() + [0, 0] and torch.equal(ids[1], long)
+    assert pad_prompts([short, long], 24)[0].shape == (2, 24)
+    with pytest.raises(ValueError, match="20 tokens cannot be padded to 19"):
+        pad_prompts([short, long], 19)
+
+
 SPECIAL = {
     "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<IMG_CONTEXT>": 151669, "<img>": 151670,
     "</img>": 151671,
@@ -613,7 +898,7 @@ def eagle_stand_in():
     pieces += ["user", "assistant", "<", "image", " "]
     ids = [8948, 198, 2610, 525, 264, 10950, 17847, 13, 872, 77091, 27, 1805, 220]
     vocabulary = {**dict(zip(pieces, ids, strict=True)), "1": 16, "2": 17, "3": 18, ">": 29, **SPECIAL}
-    vocabulary |= {"lift": 1, " the": 2, " cube": 3}
+    vocabulary |= {"lift": 1, " the": 2, " cube": 3, "['": 4, "']": 5}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     split = Regex(r"\n|<|>|[0-9]|\.| (?=[0-9])| ?[A-Za-z]+| ")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(split, "isolated")
@@ -631,6 +916,9 @@ def test_full_size_prompt_layout():
         images = [[27, 1805, 220, 16 + view, 29, 151670] + [151669] * 256 + [151671] for view in range(views)]
         assert ids == PREFIX + sum(images, []) + [1, 2, 3] + SUFFIX
         assert len(ids) == 19 + 263 * views + 3
+    bracketed = PREFIX + sum(images, []) + [4, 1, 2, 3, 5] + SUFFIX
+    assert processor.prompt("lift the cube", 2, bracketed=True).tolist() == bracketed
+    assert processor.prompt("lift the cube", 2, pad_to=570).tolist() == ids + [0] * 22  # RLinf's
     with pytest.raises(ValueError, match="811 prompt tokens, at most 600"):
         processor.prompt("lift the cube", 3)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gr00t_n1d5 import Augmentation
 from sft_gr00t import Args, Demonstrations, Gr00tPolicy, UsageError, backward, make_policy, resolve
 
 torch.set_num_threads(1)
@@ -19,14 +20,15 @@ def make(checkpoint, **overrides) -> Gr00tPolicy:
     return policy
 
 
-def gradients(policy: Gr00tPolicy, rows: int = 13) -> tuple[float, dict[str, Tensor]]:
+def gradients(policy: Gr00tPolicy, rows: int = 13, augment: bool = False) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a batch of generated demonstrations; it is no multiple of the micro-batches below."""
     g = torch.Generator().manual_seed(3)
     images = torch.randint(256, (20, 1, 64, 64, 3), generator=g, dtype=torch.uint8)
     action = torch.randn(20, policy.chunk, 4, generator=g)
     demos = Demonstrations(images, torch.randn(20, 5, generator=g), torch.arange(20) % 2, action)
     noise = torch.randn(rows, policy.chunk, policy.net.config.action_dim, generator=g)
-    loss = backward(policy, demos, torch.randint(20, (rows,), generator=g), noise, torch.rand(rows, generator=g))
+    batch = (torch.randint(20, (rows,), generator=g), noise, torch.rand(rows, generator=g))
+    loss = backward(policy, demos, *batch, Augmentation.draw(rows, g) if augment else None)
     return float(loss), {name: p.grad for name, p in policy.net.named_parameters() if p.grad is not None}
 
 
@@ -61,3 +63,22 @@ def test_bfloat16_backbone(tiny_checkpoint):
     assert torch.cosine_similarity(flat(found), flat(plain), 0) > 0.99
     with pytest.raises(UsageError, match="--backbone-bf16.*--tune head"):
         make(tiny_checkpoint, tune="all", backbone_bf16=True)
+
+
+def test_augmentation_is_drawn_once_per_sample(tiny_checkpoint):
+    """It changes the gradient; how a batch is cut does not: every sample keeps its own draw."""
+    _, plain = gradients(make(tiny_checkpoint))
+    loss, found = gradients(make(tiny_checkpoint), augment=True)
+    other, cut = gradients(make(tiny_checkpoint, micro_batch_size=4), augment=True)
+    assert (flat(found) - flat(plain)).norm() > 0.05 * flat(plain).norm()
+    assert other == pytest.approx(loss, rel=1e-5) and (flat(cut) - flat(found)).norm() < 1e-5 * flat(found).norm()
+
+
+def test_augmentation_by_default_at_full_size(tiny_checkpoint):
+    def resolved(**flags):
+        return resolve(Args(device="cpu", **flags)).augment
+
+    assert resolved() == resolved(checkpoint=str(tiny_checkpoint)) == "off"
+    assert resolved(checkpoint="nvidia/GR00T-N1.5-3B") == "on"
+    assert resolved(checkpoint=str(tiny_checkpoint), augment="on") == "on"
+    assert resolved(checkpoint="nvidia/GR00T-N1.5-3B", augment="off") == "off"

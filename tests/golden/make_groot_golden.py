@@ -54,9 +54,9 @@ VIEWS = 2
 
 def build_port() -> torch.nn.Module:
     written = CONFIG.to_dict()
-    vision = {"model_type": "siglip_vision_model", **written["backbone_cfg"]["vision_config"]}
+    vision = {"model_type": "siglip_vision_model", **written["eagle_cfg"]["vision_config"]}
     text = {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True, "hidden_size": CONFIG.text_hidden_size}
-    text |= {"num_hidden_layers": CONFIG.text_layers, **written["backbone_cfg"]["text_config"]}
+    text |= {"num_hidden_layers": CONFIG.text_layers, **written["eagle_cfg"]["text_config"]}
     eagle = Eagle25VLConfig(
         vision_config=vision, text_config=text, select_layer=-1, image_token_index=CONFIG.image_token_id,
         use_pixel_shuffle=False, mlp_connector_layers=1, _attn_implementation="eager",
