@@ -3,6 +3,7 @@
     python sft_gr00t.py                                              # laptop: a tiny GR00T from scratch
     python sft_gr00t.py --checkpoint nvidia/GR00T-N1.5-3B --embodiment-tag new_embodiment --device cuda
     python sft_gr00t.py --evaluate --checkpoint runs/<name>/checkpoints/last
+    torchrun --nproc_per_node=8 sft_gr00t.py --checkpoint <folder> --fsdp
 
 - Demonstrations come from the task's own expert on privileged state; half of them start from a random gripper pose, so
   that recoveries are seen. Only episodes that succeed are kept, and no frame after success.
@@ -10,6 +11,7 @@
   (arXiv 2503.14734, section 2.1).
 - State and action statistics of the demonstrations go into experiment_cfg/metadata.json, in NVIDIA's layout.
 - An exponential moving average of the weights is what is evaluated and saved.
+- With torchrun every rank has its own environments, demonstrations and share of a batch; gradients are averaged.
 """
 
 # ======== imports =====================================================================================================
@@ -49,7 +51,7 @@ class Args:
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
     physics: str | None = None  # Isaac Lab physics preset of the task
     renderer: str | None = None  # Isaac Lab renderer preset of the task
-    num_envs: int = 128  # parallel environments
+    num_envs: int = 128  # parallel environments over all ranks
     evaluate: bool = False  # evaluate --checkpoint, and nothing else
     eval_every: int = 0  # training steps between ODE evaluations; 0: only at the end
     eval_episodes: int = 256  # episodes of an evaluation (rounded up to whole batches of environments); 0: none
@@ -64,7 +66,7 @@ class Args:
 
     # algorithm
     steps: int = 1000  # optimizer steps
-    batch_size: int = 128  # samples per step
+    batch_size: int = 128  # samples per step over all ranks
     learning_rate: float = 1e-3  # AdamW's learning rate; 100 steps of warm-up, then a cosine to 2%
     weight_decay: float = 1e-4  # on matrices only
     ema: float = 0.99  # decay of the weights' moving average
@@ -75,6 +77,7 @@ class Args:
     micro_batch_size: int = 128  # samples per forward pass; gradients are accumulated over a batch
     backbone_bf16: bool = False  # run the backbone under bfloat16 autocast; only where it is frozen (--tune head)
     activation_checkpointing: bool = False  # recompute the blocks' activations in the backward pass: slower, smaller
+    fsdp: bool = False  # with torchrun: spread weights, gradients and AdamW's state over the ranks (FSDP2), no copy on each
 
 
 ARGS = tyro.cli(Args) if __name__ == "__main__" else None
@@ -83,6 +86,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from common import Noise, Ranks, RunLogger, UsageError, check_numbers, pick_device, run_name, wilson_interval
@@ -105,8 +111,15 @@ def resolve(args: Args) -> Args:
         UsageError: names the flag and the remedy.
     """
     args.device = pick_device(args.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UsageError("sft_gr00t.py runs in one process; start it with python, not torchrun")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("num_envs", "batch_size"):
+        if getattr(args, name) % world:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise UsageError(f"{flag}: must be a multiple of {world} ranks")
+    if args.fsdp and world == 1:
+        raise UsageError("--fsdp: one process has nobody to share with; start torchrun --nproc_per_node=2 (or more)")
+    if args.fsdp and args.tune != "all":
+        raise UsageError(f"--fsdp: spreads what is trained with --tune all; leave it out with --tune {args.tune}")
     if args.task not in TASKS:
         near = difflib.get_close_matches(args.task, TASKS, 3, 0.0)
         raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
@@ -282,10 +295,34 @@ class Gr00tPolicy(nn.Module):
             actions.append(self.processor.unnormalize_action(x))
         return PolicyOutput(torch.cat(actions))
 
-    def save(self, folder: Path) -> None:
-        """Writes the checkpoint in NVIDIA's layout: weights, config.json, metadata.json, tokenizer."""
-        self.net.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+    def save(self, folder: Path, ranks: Ranks) -> None:
+        """Rank 0 writes the checkpoint in NVIDIA's layout: weights, config.json, metadata.json, tokenizer."""
+        net = self.net
+        if isinstance(net.backbone, FSDPModule):  # whole on rank 0's host; every rank has to send its part
+            state = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            if ranks.rank == 0:
+                with torch.device("meta"):
+                    net = Gr00tN1d5(net.config)
+                net.load_state_dict(state, assign=True)
+        if ranks.rank == 0:
+            net.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+
+
+def shard(net: Gr00tN1d5, device: str, ranks: Ranks) -> None:
+    """Spreads the parameters over the ranks (FSDP2); a block is gathered while it runs, and freed afterwards."""
+    head, backbone = net.action_head, net.backbone
+    cross = [block.attn1 for block in head.model.transformer_blocks[::2]]  # `encode` asks them for keys and values
+    blocks = [*head.model.transformer_blocks, *head.vl_self_attention.transformer_blocks]
+    blocks += [*backbone.language_model.layers, *backbone.vision_model.encoder.layers]
+    mesh = init_device_mesh(device.partition(":")[0], (ranks.world,))
+    for module in (*cross, *blocks, head, backbone):
+        # also the outermost ones: what stays gathered would miss a change of the shards (the moving average)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for module in cross:
+        register_fsdp_forward_method(module, "key_value")
+    for name in ("encode", "sample", "flow_matching_loss"):
+        register_fsdp_forward_method(head, name)
 
 
 def make_policy(args: Args, instructions: tuple[str, ...]) -> Gr00tPolicy:
@@ -344,8 +381,8 @@ class Demonstrations(NamedTuple):
     action: Tensor  # (S, horizon, d)
 
 
-def collect(args: Args, env: ChunkEnv, action_horizon: int, logger: RunLogger) -> Demonstrations:
-    """Runs the task's expert and keeps `frames_per_demo` observations of every successful episode."""
+def collect(args: Args, env: ChunkEnv, action_horizon: int, logger: RunLogger, ranks: Ranks) -> Demonstrations:
+    """Runs the task's expert and keeps `frames_per_demo` observations of every successful episode of this rank."""
     expert = getattr(importlib.import_module(env.task.module), env.task.expert)
     events, usual = env.env.event_manager, {}
     for name, params in env.task.demo_params.items():
@@ -354,7 +391,7 @@ def collect(args: Args, env: ChunkEnv, action_horizon: int, logger: RunLogger) -
     rng, parts, successes = np.random.default_rng(args.seed), [], 0
     batches = math.ceil(args.demos / args.num_envs)
     for b in range(batches):
-        obs = env.reset(episode_seed(args.seed, b, Ranks(0, 1)))
+        obs = env.reset(episode_seed(args.seed, b, ranks))
         # an expert is done by half time; a chunk of actions must follow every kept observation
         latest = min(env.task.horizon // 2, env.task.horizon - action_horizon)
         times = {0, *rng.choice(np.arange(1, latest + 1), min(args.frames_per_demo - 1, latest), replace=False).tolist()}
@@ -371,8 +408,8 @@ def collect(args: Args, env: ChunkEnv, action_horizon: int, logger: RunLogger) -
             parts.append(Demonstrations(*(x[rows] for x in sample)))
         successes += int(env.success.sum())
         if b % 10 == 9 or b + 1 == batches:
-            count = (b + 1) * args.num_envs
-            logger.event(f"demonstrations: {count}, expert success {successes / count:.3f}")
+            count, all_successes = (b + 1) * args.num_envs, sum(ranks.gather(successes))
+            logger.event(f"demonstrations: {count}, expert success {all_successes / count:.3f}")
     for name, params in usual.items():
         events.get_term_cfg(name).params.update(params)
     return Demonstrations(*(torch.cat(x) for x in zip(*parts)))
@@ -418,37 +455,44 @@ def backward(
 
 
 # ======== train =======================================================================================================
-def train(args: Args, env: ChunkEnv, policy: Gr00tPolicy, logger: RunLogger, instructions: tuple[str, ...]) -> None:
+def train(args: Args, env: ChunkEnv, policy: Gr00tPolicy, logger: RunLogger, ranks: Ranks, instructions: tuple) -> None:
     """Collects, trains, evaluates and saves."""
-    start, ranks = time.time(), Ranks(0, 1)
-    demos = collect(args, env, policy.net.config.action_horizon, logger)
+    start = time.time()
+    demos = collect(args, env, policy.net.config.action_horizon, logger, ranks)
     size = env.images().shape[2]
     video = {name: {"resolution": [size, size], "channels": 3, "fps": 25} for name in env.task.cameras}
-    action, tokenizer = demos.action.flatten(0, 1), policy.processor.tokenizer
-    policy.processor = make_processor(args, policy.net.config, demos.state, action, video, tokenizer).to(args.device)
+    every = ranks.gather((demos.state.cpu(), demos.action.flatten(0, 1).cpu()))  # statistics are those of all ranks
+    (state, action), tokenizer = (torch.cat(x) for x in zip(*every)), policy.processor.tokenizer
+    policy.processor = make_processor(args, policy.net.config, state, action, video, tokenizer).to(args.device)
     policy.net.backbone.requires_grad_(args.tune == "all")
+    average = copy.deepcopy(policy).requires_grad_(False)
+    if args.fsdp:
+        shard(policy.net, args.device, ranks)
+        shard(average.net, args.device, ranks)
     parameters = [p for p in policy.net.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.99))
-    average = copy.deepcopy(policy).requires_grad_(False)
     smooth = [p for p, q in zip(average.net.parameters(), policy.net.parameters()) if q.requires_grad]
-    generator = torch.Generator().manual_seed(args.seed)
-    logger.event(f"{len(demos.state)} samples, {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters")
+    generator = torch.Generator().manual_seed(args.seed + 1_000_003 * ranks.rank)  # a rank draws of its own samples
+    logger.event(f"{len(state)} samples, {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters")
     running, result, began = None, None, time.time()
     for step in range(args.steps):
         warmup, progress = min(1.0, (step + 1) / 100), step / args.steps
         rate = args.learning_rate * warmup * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        rows = torch.randint(len(demos.state), (args.batch_size,), generator=generator)
+        rows = torch.randint(len(demos.state), (args.batch_size // ranks.world,), generator=generator)
         noise = torch.randn(len(rows), policy.chunk, policy.net.config.action_dim, generator=generator)
         t = policy.net.action_head.sample_time(len(rows), generator)
         augmentation = Augmentation.draw(len(rows), generator) if args.augment == "on" else None
         optimizer.zero_grad()
         loss = backward(policy, demos, rows, noise, t, augmentation)
+        if ranks.world > 1 and not args.fsdp:  # which averages by itself
+            ranks.sum_gradients(parameters)
+            torch._foreach_div_([p.grad for p in parameters], ranks.world)
         torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         decay = min(args.ema, (1 + step) / (10 + step))
@@ -457,7 +501,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tPolicy, logger: RunLogger, ins
         last = step + 1 == args.steps
         evaluated = last or (args.eval_every and (step + 1) % args.eval_every == 0)
         if evaluated or (step + 1) % 50 == 0:
-            value = running.item()
+            value = ranks.reduce(running.clone()).item() / ranks.world
             if not math.isfinite(value):
                 raise UsageError(f"the loss became nan or inf at step {step}: lower --learning-rate")
             metrics = {"update/loss": value, "update/learning_rate": rate, "time/elapsed": time.time() - start}
@@ -466,18 +510,19 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tPolicy, logger: RunLogger, ins
                 if result:
                     metrics |= {"eval/ode_success": result["mean"], "eval/episodes": result["episodes"]}
                 logger.event(f"step {step + 1}: ODE success {show(result)}")
-                average.save(logger.run_dir / "checkpoints" / ("last" if last else f"step_{step + 1:06d}"))
+                average.save(logger.run_dir / "checkpoints" / ("last" if last else f"step_{step + 1:06d}"), ranks)
             logger.log(step, metrics)
     logger.curve_png()
     logger.summary(
         {
             "algorithm": "sft",
             **{name: getattr(args, name) for name in ("task", "seed", "steps", "device", "demos")},
-            "samples": len(demos.state),
+            "samples": len(state),
+            "world_size": ranks.world,
             "seconds": time.time() - start,
             "seconds_training": time.time() - began,
             "instructions": instructions,
-            "loss": running.item(),
+            "loss": value,
             "ode_success": result,
         }
     )
@@ -515,13 +560,16 @@ def show(result: dict[str, float]) -> str:
 # ======== main ========================================================================================================
 def main(args: Args) -> None:
     args = resolve(args)
-    run_dir, task, ranks = Path("runs") / args.exp_name, TASKS[args.task], Ranks(0, 1)
+    ranks, task = Ranks.start(args.device), TASKS[args.task]
+    args.exp_name = ranks.broadcast(args.exp_name)
+    run_dir = Path("runs") / args.exp_name
     instructions = (args.instruction,) if args.instruction else task.instructions
     policy = make_policy(args, instructions)
     try:
         logger = RunLogger(
             run_dir, dataclasses.asdict(args), script=__file__, total_iterations=args.steps,
             track=args.track, wandb_project=args.wandb_project,
+            is_main=ranks.rank == 0,
             device=args.device,
             sources=[HERE / f"{name}.py" for name in ("gr00t_n1d5", "gr00t_tasks", task.module)],
         )  # fmt: skip
@@ -539,10 +587,11 @@ def main(args: Args) -> None:
                 logger.event(f"ODE success of {args.checkpoint}: {show(result)}")
                 logger.summary({"task": args.task, "checkpoint": args.checkpoint, "ode_success": result})
             else:
-                train(args, env, policy, logger, instructions)
+                train(args, env, policy, logger, ranks, instructions)
         except UsageError as error:  # the simulator would print a traceback
             failure = error
     logger.close()
+    ranks.stop()
     if failure:
         raise failure
 

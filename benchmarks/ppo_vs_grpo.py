@@ -21,6 +21,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -82,13 +83,14 @@ def command(args: Args, method: str, seed: int) -> list[str]:
 
 
 def run_all(args: Args, out: Path) -> None:
-    """Runs what has no summary yet, `jobs` at a time; stops at the first failure."""
+    """Runs what has no summary yet, `jobs` at a time, from its beginning; stops at the first failure."""
     todo = [(m, s) for s in args.seeds for m in args.methods if m != "sft" or s == args.seeds[0]]
     todo = [(m, s) for m, s in todo if not (out / "runs" / f"{m}-s{s}" / "summary.json").exists()]
     running: dict[subprocess.Popen, tuple[str, float, Path]] = {}
     while todo or running:
         while todo and len(running) < args.jobs:
             method, seed = todo.pop(0)
+            shutil.rmtree(out / "runs" / f"{method}-s{seed}", ignore_errors=True)  # what was cut short
             log = out / f"{method}-s{seed}.log"
             with open(log, "w") as stream:
                 process = subprocess.Popen(command(args, method, seed), cwd=out, stdout=stream, stderr=stream)
@@ -244,9 +246,12 @@ def main(args: Args) -> None:
             sys.exit(f"--report {args.report}: no such folder of this benchmark")
         print(report(args.report))
         return
-    unknown = [m for m in (*args.methods, *args.extra) if m not in METHODS]
-    if unknown:
-        sys.exit(f"--methods {' '.join(unknown)}: choose of {', '.join(METHODS)}")
+    for flag, given in (("--methods", args.methods), ("--extra", args.extra)):
+        unknown = [m for m in given if m not in METHODS]
+        if unknown:
+            sys.exit(f"{flag} {' '.join(unknown)}: choose of {', '.join(METHODS)}")
+    if Path(args.checkpoint).exists():  # else a hub id; runs have a working directory of their own
+        args.checkpoint = str(Path(args.checkpoint).resolve())
     out = (args.out or Path("runs") / "ppo_vs_grpo" / time.strftime("%Y%m%d-%H%M%S")).resolve()
     out.mkdir(parents=True, exist_ok=True)
     saved = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items()}

@@ -14,8 +14,9 @@ from tests.test_runs import SMALL, metrics, run, start
 
 SCRIPT = "ppo_gr00t_lora.py"
 TARGETS = "dit-attention dit-feed-forward vl-attention llm-attention vision-attention"
-STAGES = f"--lora-targets {TARGETS} --unfreeze critic head:1 vl:2 llm:3:1e-4 vision:5".split()
-FLAGS = ["--exp-name", "whole", "--iterations", "7", "--eval-every", "0", "--seed", "5", "--kl-coef", "0.01", *STAGES]
+# llm begins when success has not improved for two iterations, in the fifth at the earliest; a checkpoint is in between
+STAGES = f"--lora-targets {TARGETS} --unfreeze critic head:1 vl:2 llm:plateau:1e-4 vision:7 --plateau 2".split()
+FLAGS = ["--exp-name", "whole", "--iterations", "10", "--eval-every", "0", "--seed", "5", "--kl-coef", "0.01", *STAGES]
 OWN = [flag for flag in SMALL if flag not in ("--group-size", "8")]
 
 
@@ -26,12 +27,26 @@ def whole(tmp_path_factory):
     return folder, run(folder, *FLAGS, "--save-every", "4", "--keep-checkpoints", "9", *OWN, script=SCRIPT)
 
 
+def plateau(success: list[float], since: int, patience: int) -> int:
+    """The first iteration by which the moving average of success has not risen by half a point for `patience` of them."""
+    average = highest = success[since]
+    risen = since + 1
+    for i in range(since + 1, len(success)):
+        if i - risen >= patience:
+            return i
+        average = 0.9 * average + 0.1 * success[i]
+        if average > highest + 0.005:
+            highest, risen = average, i + 1
+    raise AssertionError(f"no plateau in {success}")
+
+
 def test_all_stages(whole):
     folder, out = whole
     made = folder / "runs" / "whole"
     summary, rows = json.loads((made / "summary.json").read_text()), metrics(made)
     begun = summary["stages_begun"]
-    assert begun == {"critic": 0, "head": 1, "vl": 2, "llm": 3, "vision": 5}
+    waited = plateau([row["rollout/success"] for row in rows], 2, 2)
+    assert 5 <= waited < 10 and begun == {"critic": 0, "head": 1, "vl": 2, "llm": waited, "vision": max(7, waited)}
     for i, row in enumerate(rows):
         assert row["update/stage"] == sum(at <= i for at in begun.values()) - 1
         assert ("update/loss" in row) == (i >= 1)
@@ -42,7 +57,7 @@ def test_all_stages(whole):
     assert "gradients and AdamW" in out and "activations" in out  # the estimate at the start
 
     # what a stage trains is as it was made before it begins: a LoRA's second factor is zero
-    for step in (4, 7):
+    for step in (4, 8, 10):
         adapter = load_file(made / "checkpoints" / f"step_{step:06d}" / "adapter" / "adapter_model.safetensors")
         moved = {name for name, x in adapter.items() if "lora_B" in name and x.abs().max() > 0}
         for stage, place in (("vl", "vl_self_attention"), ("llm", "language_model"), ("vision", "vision_model")):
@@ -53,7 +68,7 @@ def test_all_stages(whole):
 
 def test_the_merged_policy_is_the_policy(whole):
     folder, _ = whole
-    flags = "--evaluate --checkpoint runs/whole/checkpoints/step_000007 --exp-name again --no-track".split()
+    flags = "--evaluate --checkpoint runs/whole/checkpoints/step_000010 --exp-name again --no-track".split()
     run(folder, *flags, *SMALL)  # by grpo_gr00t.py, which knows nothing of adapters
     summary = json.loads((folder / "runs/whole/summary.json").read_text())
     again = json.loads((folder / "runs/again/summary.json").read_text())
@@ -61,8 +76,10 @@ def test_the_merged_policy_is_the_policy(whole):
 
 
 def test_killed_in_a_stage_and_resumed_equals_uninterrupted(whole, tmp_path):
-    """SIGKILL after the checkpoint of iteration 4, in the stage llm, before vision begins."""
+    """SIGKILL after the checkpoint of iteration 4, while llm waits for a plateau: what it has seen so far counts."""
     folder, _ = whole
+    state = torch.load(folder / "runs/whole/checkpoints/step_000004/trainer_state.pt", weights_only=True)
+    assert list(state["begun"]) == ["critic", "head", "vl"] and 2 < state["peak_at"] <= 4 and state["smooth"] is not None
     flags = [*FLAGS, "--save-every", "4", "--keep-checkpoints", "9", "--no-track", *OWN]
     process = start(tmp_path, *flags, script=SCRIPT, start_new_session=True)
     log = tmp_path / "runs" / "whole" / "metrics.jsonl"
@@ -73,10 +90,10 @@ def test_killed_in_a_stage_and_resumed_equals_uninterrupted(whole, tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "runs/whole/checkpoints/step_000007").exists(), "it was too fast to be killed in time"
+    assert not (tmp_path / "runs/whole/checkpoints/step_000008").exists(), "it was too fast to be killed in time"
     run(tmp_path, "--resume", "runs/whole", script=SCRIPT)
     assert metrics(tmp_path / "runs/whole") == metrics(folder / "runs/whole")
-    last = "runs/whole/checkpoints/step_000007"
+    last = "runs/whole/checkpoints/step_000010"
     for file in ("adapter/adapter_model.safetensors", "critic.safetensors", "model.safetensors"):
         a, b = (load_file(path / last / file) for path in (folder, tmp_path))
         assert all(torch.equal(a[name], b[name]) for name in a), file

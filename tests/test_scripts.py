@@ -505,6 +505,40 @@ def test_memory(script, refusal, monkeypatch):
     assert text.startswith("--num-envs 128:") and "512 samples" in text and "--feature-cache off" in text
 
 
+@scripts_with("reward")
+@pytest.mark.parametrize("reward", ["sparse", "dense"])
+@pytest.mark.parametrize("rewards", ["none", "empty", "own"])
+def test_dense_reward_of_a_task_without_any(script, reward, rewards, basics, monkeypatch):
+    """A variant of the embedded task, through the script's own `make_env`; only what starts the simulator is cut off."""
+    import gymnasium
+    import isaaclab.app
+    from gymnasium.envs.registration import EnvSpec
+
+    import tabletop
+
+    def start(*args, **kwargs):
+        raise AssertionError(SIMULATOR)
+
+    def without_rewards():
+        cfg = tabletop.LiftEnvCfg()
+        cfg.rewards = {"none": None, "empty": types.SimpleNamespace(), "own": cfg.rewards}[rewards]
+        return cfg
+
+    module, task = importlib.import_module(Path(script).stem), "Tabletop-Lift-Without-Rewards-v0"
+    make_env, row = module.make_env, module.TASKS[tabletop.TASK_ID]
+    given = basics(script)
+    monkeypatch.setattr(module, "make_env", make_env)
+    monkeypatch.setattr(isaaclab.app, "launch_simulation", start)
+    monkeypatch.setitem(module.TASKS, task, row)
+    spec = EnvSpec(task, "tabletop:LiftEnv", kwargs={"env_cfg_entry_point": without_rewards})
+    monkeypatch.setitem(gymnasium.registry, task, spec)
+    refused = reward == "dense" and rewards != "own"
+    with pytest.raises(module.UsageError if refused else AssertionError) as caught:
+        module.main(module.Args(**given, task=task, reward=reward))
+    text = str(caught.value)
+    assert text == (f"--reward dense: {task} has no rewards; use --reward sparse" if refused else SIMULATOR)
+
+
 @scripts_with("noise")
 def test_noise_without_a_stochastic_step(script, refusal):
     text = refusal(script, noise="flow-cps", denoise_steps=1)
