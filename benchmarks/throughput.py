@@ -911,7 +911,13 @@ def table(about: dict, rows: list[dict]) -> str:
         for row in own:
             cells = [show(row) for show in figures.values()] if row["status"] == "ok" else [row["status"]]
             lines.append(f"| {' | '.join([*(str(row[key]) for key in keys), *cells])} |")
-    if any(row["what"] == "rollout" for row in rows):
+    calls = [row for row in rows if row["what"] == "rollout"]
+    for views, plainest in fastest.items():
+        best = max((r for r in calls if r["views"] == views and r["status"] == "ok"), key=lambda r: r["observations_per_s"])
+        how = f"{best['env_steps_per_s']:.4g} env steps/s ({best['lever']}, batch {best['batch']})"
+        ratio = best["observations_per_s"] / plainest
+        lines += ["", f"Fastest, views = {views}: {how}, {ratio:.2f} times the straightforward path at its best batch."]
+    if calls:
         lines += ["", "Levers:", "", *(f"- `{name}`: {text}" for name, text in LEVERS.items())]
     return "\n".join(lines) + "\n"
 

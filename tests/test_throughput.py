@@ -149,6 +149,41 @@ def test_levers_do_what_they_say(setting, monkeypatch):
     assert len([m for m in policy.net.modules() if isinstance(m, Fp8Linear)]) == 2 * 6 + 2 * 7  # tiny has two layers each
 
 
+def test_autocast_ends_with_its_lever(setting, monkeypatch):
+    config, net, processor, inputs = setting
+    policy = Policy(copy.deepcopy(net).bfloat16(), copy.deepcopy(processor), inputs.ids, torch.bfloat16, "eager")
+    seen, backbone = [], type(net.backbone).forward
+    monkeypatch.setattr(
+        type(net.backbone), "forward", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or backbone(*x)
+    )
+    policy(inputs.images, inputs.state, inputs.noise)
+    policy.pull("bf16-weights")
+    policy(inputs.images, inputs.state, inputs.noise)
+    assert seen == [True, False]
+
+
+def test_the_table_compares_with_the_straightforward_path(tmp_path):
+    """Where that one ran out of memory, with its best batch."""
+    results = results_at(tmp_path)
+    same = {"range": [1.0, 1.0], "stage_ms": dict.fromkeys(("inputs", "backbone", "head"), 1.0), "seconds": 1.0}
+    same |= {"mfu": 0.5, "peak_gb": 1.0, "max_difference": 0.0, "relative_difference": 0.0}
+
+    def row(batch: int, lever: str, rate: float) -> None:
+        key = {"what": "rollout", "views": 1, "batch": batch, "lever": lever}
+        if rate:
+            results.run(key, lambda: same | {"observations_per_s": rate, "env_steps_per_s": 16 * rate})
+        else:
+            results.run(key, fails(torch.OutOfMemoryError("out of memory")))
+
+    for batch, plain, pulled in ((64, 10.0, 25.0), (256, 8.0, 32.0), (1024, 0.0, 50.0)):
+        row(batch, "straightforward", plain)
+        row(batch, "kv-once", pulled)
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    found = {line.split(" | ")[1]: line.split(" | ")[5] for line in lines if " | kv-once | " in line}
+    assert found == {"64": "2.50", "256": "4.00", "1024": "5.00 (its best batch)"}
+    assert "Fastest, views = 1: 800 env steps/s (kv-once, batch 1024), 5.00 times" in "\n".join(lines)
+
+
 def test_compile_shares_one_compilation_among_equal_blocks(setting):
     config, net, processor, inputs = setting
     policy = Policy(copy.deepcopy(net), copy.deepcopy(processor), inputs.ids, torch.float32, "eager")
@@ -240,7 +275,7 @@ def test_prediction_of_the_full_size(tmp_path):
 
 
 def test_update_and_memory_rows(tmp_path):
-    flags = {"views": (1,), "precisions": ("fp32", "tf32", "bf16"), "scripts": ("grpo_gr00t",), "memory_envs": 16}
+    flags = {"views": (1,), "precisions": ("fp32", "tf32"), "scripts": ("grpo_gr00t",), "memory_envs": 16}
     results = throughput.main(tiny(tmp_path, what=("update", "memory"), dtype="float32", **flags))
     rows = [row for row in results.rows.values() if row["what"] == "update"]
     assert [(row["head"], row["cache"]) for row in rows] == [(h, c) for h in flags["precisions"] for c in ("gpu", "off")]
