@@ -48,6 +48,8 @@ class Args:
     task: str = "Tabletop-Lift-Cube-v0"  # Isaac Lab task, one of TASKS
     instruction: str | None = None  # overrides the task's own instruction(s)
     checkpoint: str = str(HERE / "checkpoints" / "tiny")  # GR00T N1.5: a local folder or a hub id
+    bracketed: bool = False  # instructions as "['sentence']", which NVIDIA's unbatched inference does
+    pad_prompt: int | None = None  # tokens that prompts are padded to, as RLinf's checkpoints have them: 570
     embodiment_tag: str | None = None  # which entry of the checkpoint's metadata.json; may be left out where there is one
     seed: int = 1  # seed of the episode starts, the sampler's noise and the minibatches
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
@@ -134,7 +136,7 @@ from common import (
     to_host,
     wilson_interval,
 )  # fmt: skip
-from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, memory_plan
+from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, memory_plan, pad_prompts
 from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config
 
 
@@ -155,7 +157,7 @@ def resolve(args: Args) -> Args:
         near = difflib.get_close_matches(args.task, TASKS, 3, 0.0)
         raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
     positive = "num_envs iterations save_every keep_checkpoints denoise_steps noise_level learning_rate clip epochs"
-    positive += " minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk max_memory_gb"
+    positive += " minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk max_memory_gb pad_prompt"
     check_numbers(args, positive, "kl_coef lr_warmup lr_hold eval_every eval_episodes seed eval_seed")
     if args.group_size < 2:
         raise UsageError(f"--group-size {args.group_size}: a group needs at least 2 members to compare")
@@ -341,11 +343,10 @@ class Gr00tActor(nn.Module):
         except (OSError, ValueError) as error:
             raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
         try:
-            prompts = [self.processor.prompt(text, len(task.cameras)) for text in self.instructions]
+            prompts = [self.processor.prompt(text, len(task.cameras), args.bracketed) for text in self.instructions]
+            prompts, lengths = pad_prompts(prompts, args.pad_prompt)  # (P, L), (P,)
         except ValueError as error:
             raise UsageError(f"--instruction: {error}") from error
-        if len({len(p) for p in prompts}) > 1:
-            raise UsageError(f"--task {args.task}: instructions of different token counts; choose one with --instruction")
         config = self.net.config
         for kind, sizes in (("state", task.state), ("action", task.action)):
             found = len(self.processor.normalizers[kind])
@@ -372,7 +373,10 @@ class Gr00tActor(nn.Module):
         self.net.action_head.float().to(head_device)  # fp32: means, log-probabilities and optimizer decide
         self.base_head = copy.deepcopy(self.net.action_head).requires_grad_(False)
         self.processor.to(head_device)
-        self.register_buffer("prompts", torch.stack(prompts).to(head_device), persistent=False)  # (P, L)
+        self.register_buffer("prompts", prompts.to(head_device), persistent=False)
+        self.register_buffer("lengths", lengths.to(head_device), persistent=False)
+        self.padded = args.pad_prompt is not None  # the head sees the padding, as RLinf's does
+        self.mixed = not self.padded and len(set(lengths.tolist())) > 1  # it does not
         if args.activation_checkpointing:
             for block in self.blocks():
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -401,7 +405,8 @@ class Gr00tActor(nn.Module):
         if obs.features is not None:
             return obs.features
         with torch.autocast(self.prompts.device.type, torch.bfloat16, self.bf16):
-            features = self.net.backbone(self.prompts[obs.prompt], self.processor.images(obs.images))
+            lengths = self.lengths[obs.prompt] if self.padded else None
+            features = self.net.backbone(self.prompts[obs.prompt], self.processor.images(obs.images), lengths)
         return features.bfloat16() if self.bf16 else features
 
     @torch.no_grad()
@@ -434,7 +439,8 @@ class Gr00tActor(nn.Module):
 
     def encode(self, head: nn.Module, obs: Observation):
         """What the denoising steps need of an observation."""
-        return head.encode(self.features(obs), self.processor.normalize_state(obs.state), self.embodiment(len(obs.state)))
+        lengths, state = self.lengths[obs.prompt] if self.mixed else None, self.processor.normalize_state(obs.state)
+        return head.encode(self.features(obs), state, self.embodiment(len(state)), lengths)
 
     def denoise(self, context, x: Tensor, drawn: Tensor, eps: Tensor) -> tuple[Tensor, Chain]:
         """K denoising steps, those in `drawn` (B, J) stochastic with noise eps (B, J, H, A)."""

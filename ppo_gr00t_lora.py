@@ -47,6 +47,8 @@ class Args:
     task: str = "Tabletop-Lift-Cube-v0"  # Isaac Lab task, one of TASKS
     instruction: str | None = None  # overrides the task's own instruction(s)
     checkpoint: str = str(HERE / "checkpoints" / "tiny")  # GR00T N1.5: a local folder or a hub id
+    bracketed: bool = False  # instructions as "['sentence']", which NVIDIA's unbatched inference does
+    pad_prompt: int | None = None  # tokens that prompts are padded to, as RLinf's checkpoints have them: 570
     embodiment_tag: str | None = None  # which entry of the checkpoint's metadata.json; may be left out where there is one
     seed: int = 1  # seed of the episode starts, the sampler's noise and the minibatches
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
@@ -170,7 +172,7 @@ from common import (
     to_host,
     wilson_interval,
 )  # fmt: skip
-from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, memory_plan
+from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, is_real, memory_plan, pad_prompts
 from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config
 
 
@@ -191,7 +193,7 @@ def resolve(args: Args) -> Args:
         near = difflib.get_close_matches(args.task, TASKS, 3, 0.0)
         raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
     positive = "num_envs iterations save_every keep_checkpoints denoise_steps noise_level learning_rate clip epochs"
-    positive += " minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk max_memory_gb"
+    positive += " minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk max_memory_gb pad_prompt"
     positive += " rollout_chunks critic_lr critic_epochs value_clip kl_target lora_rank lora_alpha"
     positive += " llm_layers plateau unfreeze_kl"
     others = "kl_coef lr_warmup lr_hold eval_every eval_episodes seed eval_seed gamma gae_lambda critic_warmup lora_dropout"
@@ -454,11 +456,10 @@ class Gr00tActorCritic(nn.Module):
         except (OSError, ValueError) as error:
             raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
         try:
-            prompts = [self.processor.prompt(text, len(task.cameras)) for text in self.instructions]
+            prompts = [self.processor.prompt(text, len(task.cameras), args.bracketed) for text in self.instructions]
+            prompts, lengths = pad_prompts(prompts, args.pad_prompt)  # (P, L), (P,)
         except ValueError as error:
             raise UsageError(f"--instruction: {error}") from error
-        if len({len(p) for p in prompts}) > 1:
-            raise UsageError(f"--task {args.task}: instructions of different token counts; choose one with --instruction")
         config = self.net.config
         for kind, sizes in (("state", task.state), ("action", task.action)):
             found = len(self.processor.normalizers[kind])
@@ -494,7 +495,10 @@ class Gr00tActorCritic(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             self.critic = Critic(own + 1, max(config.text_hidden_size, 256)).to(head_device)  # 1: time
-        self.register_buffer("prompts", torch.stack(prompts).to(head_device), persistent=False)  # (P, L)
+        self.register_buffer("prompts", prompts.to(head_device), persistent=False)
+        self.register_buffer("lengths", lengths.to(head_device), persistent=False)
+        self.padded = args.pad_prompt is not None  # the head sees the padding, as RLinf's does
+        self.mixed = not self.padded and len(set(lengths.tolist())) > 1  # it does not
         if args.adapter:
             try:
                 self.load_adapter(Path(args.adapter))
@@ -550,16 +554,19 @@ class Gr00tActorCritic(nn.Module):
         if obs.features is not None:
             return obs.features
         with torch.autocast(self.prompts.device.type, torch.bfloat16, self.bf16):
-            features = self.net.backbone(self.prompts[obs.prompt], self.processor.images(obs.images))
+            lengths = self.lengths[obs.prompt] if self.padded else None
+            features = self.net.backbone(self.prompts[obs.prompt], self.processor.images(obs.images), lengths)
         return features.bfloat16() if self.bf16 else features
 
     # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.critic_input
     @torch.no_grad()
     def critic_input(self, obs: Observation) -> Tensor:
-        """(B, inputs), without gradients to the policy; there is no padding among the features."""
+        """(B, inputs), without gradients to the policy: the mean of the real features, or the simulator's state."""
         if self.privileged:
             return obs.critic
-        return torch.cat([self.features(obs).float().mean(1), obs.critic], 1)
+        features = self.features(obs).float()  # (B, L, D)
+        real = is_real(self.lengths[obs.prompt], features.shape[1])[..., None]  # (B, L, 1)
+        return torch.cat([(features * real).sum(1) / real.sum(1), obs.critic], 1)
 
     # Copied from ppo_gr00t_frozen.py:Gr00tActorCritic.value
     def value(self, obs: Observation) -> Tensor:
@@ -600,7 +607,8 @@ class Gr00tActorCritic(nn.Module):
     # Copied from grpo_gr00t.py:Gr00tActor.encode
     def encode(self, head: nn.Module, obs: Observation):
         """What the denoising steps need of an observation."""
-        return head.encode(self.features(obs), self.processor.normalize_state(obs.state), self.embodiment(len(obs.state)))
+        lengths, state = self.lengths[obs.prompt] if self.mixed else None, self.processor.normalize_state(obs.state)
+        return head.encode(self.features(obs), state, self.embodiment(len(state)), lengths)
 
     # Copied from grpo_gr00t.py:Gr00tActor.denoise
     def denoise(self, context, x: Tensor, drawn: Tensor, eps: Tensor) -> tuple[Tensor, Chain]:
