@@ -19,6 +19,7 @@ Source: Isaac-GR00T's gr00t/eval/service.py, gr00t/eval/robot.py and gr00t/model
 # ======== imports =====================================================================================================
 from __future__ import annotations
 
+import contextlib
 import errno
 import hmac
 import io
@@ -303,16 +304,13 @@ def bind(args: Args, socket: zmq.Socket) -> str:
 # ======== main ========================================================================================================
 def main(args: Args) -> None:
     args = resolve(args)
-    with zmq.Context() as context, context.socket(zmq.REP) as socket:
+    with contextlib.suppress(KeyboardInterrupt), zmq.Context() as context, context.socket(zmq.REP) as socket:
         address = bind(args, socket)
         policy = ServedPolicy(args)
         print(f"serving {args.checkpoint} ({policy.processor.tag}) on {args.device} at {address}", flush=True)
         on = True
         while on:
-            try:
-                reply, on = answer(socket.recv_multipart(), policy, args.api_token)
-            except KeyboardInterrupt:
-                return
+            reply, on = answer(socket.recv_multipart(), policy, args.api_token)
             socket.send(msgpack.packb(reply, default=pack_array))
 
 
