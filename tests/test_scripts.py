@@ -23,13 +23,15 @@ from tests import copies
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def defines_args(file: Path) -> bool:
-    return copies.find(ast.parse(file.read_text()), "Args") is not None
+def defines(file: Path, name: str) -> bool:
+    return copies.find(ast.parse(file.read_text()), name) is not None
 
 
-SCRIPTS = sorted(file.name for file in ROOT.glob("*.py") if defines_args(file))
+COMMANDS = sorted(file.name for file in ROOT.glob("*.py") if defines(file, "Args"))
+SCRIPTS = [script for script in COMMANDS if defines(ROOT / script, "train")]
 GR00T = [script for script in SCRIPTS if "gr00t" in script]  # they start from a GR00T checkpoint, on the embedded task
 STOCK = [script for script in SCRIPTS if script not in GR00T]  # they start from random weights, on Isaac Lab's own tasks
+every_command = pytest.mark.parametrize("script", COMMANDS)
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 every_gr00t_script = pytest.mark.parametrize("script", GR00T)
 every_stock_script = pytest.mark.parametrize("script", STOCK)
@@ -63,13 +65,13 @@ def run(script: str, *flags: str, cwd: Path, python: tuple[str, ...] = (), **env
 
 def test_the_scripts_are_there():
     assert {"grpo_gr00t.py", "sft_gr00t.py", "ppo_gr00t_frozen.py", "ppo_gr00t_lora.py"} <= set(GR00T)
-    assert "ppo_isaac.py" in STOCK
+    assert "ppo_isaac.py" in STOCK and "serve_gr00t.py" in set(COMMANDS) - set(SCRIPTS)
 
 
 # ---------------------------------------------------------------- command line
 
 
-@every_script
+@every_command
 def test_help_is_instant_and_complete(script, tmp_path):
     seconds = []
     for _ in range(3):
@@ -84,7 +86,7 @@ def test_help_is_instant_and_complete(script, tmp_path):
     assert not missing, f"not in --help: {missing}"
 
 
-@every_script
+@every_command
 def test_every_field_is_read(script):
     """As args.<name>, or by a getattr over a list of names; checking it before the run alone does not count."""
     tree = tree_of(script)
@@ -105,7 +107,7 @@ def test_every_field_is_read(script):
     assert not unread
 
 
-@every_script
+@every_command
 def test_every_field_is_explained(script):
     lines = (ROOT / script).read_text().split("\n")
     body = copies.find(tree_of(script), "Args").body
@@ -143,7 +145,7 @@ def test_sections_stand_in_the_same_order(script):
     assert len({len(line) for line in lines if line.startswith("# ======== ")}) == 1
 
 
-@every_script
+@every_command
 def test_length(script):
     """Without the marks of copies. The LoRA script holds a second algorithm, the schedule of stages."""
     lines = [line for line in (ROOT / script).read_text().split("\n") if "# Copied from " not in line]
@@ -613,7 +615,7 @@ def test_message_and_exit_code(tmp_path):
     assert result.stderr.startswith("error: --task Tabletop-Lift-Cup-v0:") and result.stderr.count("\n") == 1
 
 
-@every_script
+@every_command
 def test_errors_end_alike(script):
     """torch takes seconds to import, so only one script is started for this; the others end in the same lines."""
     assert ast.unparse(tree_of(script).body[-1]) == ast.unparse(tree_of("grpo_gr00t.py").body[-1])

@@ -1,0 +1,409 @@
+"""serve_gr00t.py over real sockets: server processes with the shipped tiny checkpoint, and a client of the tests' own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+import zmq
+
+import grpo_gr00t
+import serve_gr00t
+from common import Noise, Ranks, UsageError
+from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, tiny_tokenizer
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+TINY = str(ROOT / "checkpoints" / "tiny")
+LANGUAGE = "annotation.human.action.task_description"
+TEXTS = ("lift the red cube", "lift the blue cube")
+SEED = 5
+
+
+def npy(array: np.ndarray, allow_pickle: bool = False) -> dict:
+    data = io.BytesIO()
+    np.save(data, array, allow_pickle=allow_pickle)
+    return {"__ndarray_class__": True, "as_npy": data.getvalue()}
+
+
+def packed(data: dict) -> dict:
+    """What the server makes of a client's data."""
+    return {key: npy(value) if isinstance(value, np.ndarray) else value for key, value in data.items()}
+
+
+class Client:
+    """The protocol from the other side. A request that is not answered raises zmq.Again after 20 s."""
+
+    def __init__(self, address: str):
+        self.socket = zmq.Context.instance().socket(zmq.REQ)
+        self.socket.setsockopt(zmq.RCVTIMEO, 20_000)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(address)
+
+    def send(self, *parts: bytes) -> dict:
+        self.socket.send_multipart(parts)
+        return msgpack.unpackb(
+            self.socket.recv(),
+            object_hook=lambda x: np.load(io.BytesIO(x["as_npy"]), allow_pickle=False) if "__ndarray_class__" in x else x,
+        )
+
+    def __call__(self, endpoint: str, data=None, **more) -> dict:
+        return self.send(msgpack.packb({"endpoint": endpoint, "data": data, **more}, default=npy))
+
+
+@contextlib.contextmanager
+def started(log: Path, *flags: str):
+    """A server process and its client."""
+    command = [sys.executable, str(ROOT / "serve_gr00t.py"), "--device", "cpu", "--port", "0", *flags]
+    with open(log, "w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    client = None
+    try:
+        address = process.stdout.readline().rpartition(" at ")[2].strip()
+        assert address.startswith("tcp://127.0.0.1:"), log.read_text()
+        client = Client(address)
+        yield process, client
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        if client:
+            client.socket.close()
+
+
+def observations(n: int, seed: int = 0) -> dict:
+    """A batch for the shipped checkpoint; every second instruction is the other one."""
+    rng = np.random.default_rng(seed)
+    return {
+        "video.cam": rng.integers(256, size=(n, 1, 64, 64, 3), dtype=np.uint8),
+        "state.gripper_position": rng.uniform(-0.1, 0.1, (n, 1, 3)),
+        "state.finger_positions": rng.uniform(0, 0.05, (n, 1, 2)).astype(np.float32),
+        LANGUAGE: [TEXTS[i % 2] for i in range(n)],
+    }
+
+
+def first(data: dict) -> dict:
+    """The first observation of a batch, unbatched."""
+    return {key: value[0] if isinstance(value, np.ndarray) else value[:1] for key, value in data.items()}
+
+
+def joined(reply: dict, *keys: str) -> np.ndarray:
+    assert list(reply) == [f"action.{key}" for key in keys], reply
+    assert all(x.dtype == np.float32 for x in reply.values())
+    return np.concatenate(list(reply.values()), -1)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server that has answered one single and one batched request."""
+    with started(tmp_path_factory.mktemp("serve") / "stderr", "--checkpoint", TINY, "--seed", str(SEED)) as (_, client):
+        replies = [client("get_action", first(observations(1))), client("get_action", observations(3, 1))]
+        yield types.SimpleNamespace(client=client, replies=replies)
+
+
+# ---------------------------------------------------------------- what is served
+
+
+def trained_with(noise: Noise, *batches: dict, **flags) -> list[np.ndarray]:
+    """Actions (N, H, 4) of grpo_gr00t.py's own ODE policy, in this process."""
+    actor, actions = grpo_gr00t.Gr00tActor(grpo_gr00t.resolve(grpo_gr00t.Args(checkpoint=TINY, device="cpu", **flags))), []
+    for data in batches:
+        state = np.concatenate([data["state.gripper_position"], data["state.finger_positions"]], -1)[:, 0]
+        seen = grpo_gr00t.Observation(
+            torch.from_numpy(data["video.cam"]),  # one time step there, one camera here
+            torch.from_numpy(state).float(),
+            torch.tensor([TEXTS.index(text) for text in data[LANGUAGE]]),
+        )
+        actions.append(actor.act(seen, noise).action.numpy())
+    return actions
+
+
+def test_actions_are_those_of_training(server):
+    single, batch = trained_with(Noise("cpu", Ranks(0, 1), SEED), observations(1), observations(3, 1))
+    found = [joined(reply, "gripper_delta", "gripper_open") for reply in server.replies]
+    assert found[0].shape == (8, 4) and found[1].shape == (3, 8, 4) and batch.std() > 0.1
+    np.testing.assert_allclose(found[0], single[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[1], batch, rtol=0, atol=1e-6)
+
+
+def test_modality_config(server):
+    reply = server.client("get_modality_config")
+    assert all(set(x) == {"__ModalityConfig_class__", "as_json"} for x in reply.values())
+    assert {kind: json.loads(x["as_json"]) for kind, x in reply.items()} == {
+        "video": {"delta_indices": [0], "modality_keys": ["video.cam"]},
+        "state": {"delta_indices": [0], "modality_keys": ["state.gripper_position", "state.finger_positions"]},
+        "action": {"delta_indices": list(range(8)), "modality_keys": ["action.gripper_delta", "action.gripper_open"]},
+        "language": {"delta_indices": [0], "modality_keys": [LANGUAGE]},
+    }
+
+
+def test_what_else_is_accepted(server):
+    """get_action is the default endpoint; any annotation key, as a list or an array; big-endian and Fortran order."""
+    data = first(observations(1))
+    data["annotation.human.task_description"] = np.array(data.pop(LANGUAGE))
+    data["state.gripper_position"] = data["state.gripper_position"].astype(">f8")
+    data["video.cam"] = np.asfortranarray(data["video.cam"])
+    reply = server.client.send(msgpack.packb({"data": data}, default=npy))
+    assert joined(reply, "gripper_delta", "gripper_open").shape == (8, 4)
+
+
+@pytest.fixture(scope="module")
+def robot(tmp_path_factory) -> Path:
+    """Random weights with what the shipped checkpoint lacks: two cameras, rows for 32 embodiments, padding, cropping."""
+    config = Gr00tConfig.tiny(action_dim=6, num_embodiments=32, max_prompt_tokens=64, image_crop=0.95)
+    torch.manual_seed(0)
+    net = Gr00tN1d5(config)
+    video = {key: {"resolution": [64, 64], "channels": 3, "fps": 20} for key in ("front", "wrist")}
+    state, action = ({"arm": torch.randn(50, 3), key: torch.randn(50, 1)} for key in ("finger", "gripper"))
+    words = tiny_tokenizer(["lift", "the", "red", "cube"], config)
+    processor = Gr00tProcessor.from_statistics(config, "new_embodiment", state, action, video, words)
+    folder = tmp_path_factory.mktemp("robot") / "checkpoint"
+    net.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def make(checkpoint, **flags) -> serve_gr00t.ServedPolicy:
+    return serve_gr00t.ServedPolicy(serve_gr00t.resolve(serve_gr00t.Args(checkpoint=str(checkpoint), device="cpu", **flags)))
+
+
+def robot_observations() -> dict:
+    """Three observations, with cameras of different sizes and instructions of different lengths."""
+    rng = np.random.default_rng(0)
+    return {
+        "video.front": rng.integers(256, size=(3, 1, 64, 64, 3), dtype=np.uint8),
+        "video.wrist": rng.integers(256, size=(3, 1, 48, 80, 3), dtype=np.uint8),
+        "state.arm": rng.normal(size=(3, 1, 3)),
+        "state.finger": rng.normal(size=(3, 1, 1)),
+        LANGUAGE: ["lift the red cube", "lift", "lift the red cube"],
+    }
+
+
+@pytest.mark.parametrize("flags", [{}, {"micro_batch_size": 1}, {"denoise_steps": 2}, {"cameras": ("wrist", "front")}])
+def test_a_batch_equals_its_rows(robot, flags):
+    """Each row by the network's own get_action, with the row of its embodiment among all 32."""
+    data = robot_observations()
+    net = Gr00tN1d5.from_pretrained(robot)
+    processor = Gr00tProcessor.from_pretrained(robot, net.config)
+    noise = Noise("cpu", Ranks(0, 1), 1).normal(3, 8, 6)
+    cameras = flags.get("cameras", ("front", "wrist"))
+    expected = []
+    for i, text in enumerate(data[LANGUAGE]):
+        pixels = torch.cat([processor.images(torch.from_numpy(data[f"video.{key}"][i : i + 1])) for key in cameras])
+        state = torch.from_numpy(np.concatenate([data["state.arm"][i], data["state.finger"][i]], -1))
+        inputs = processor.prompt(text, 2)[None], pixels, processor.normalize_state(state)
+        x = net.get_action(*inputs, torch.tensor([31]), noise[i : i + 1], flags.get("denoise_steps", 4))
+        expected.append(processor.unnormalize_action(x)[0].numpy())
+    found = joined(make(robot, **flags).get_action(packed(data)), "arm", "gripper")
+    np.testing.assert_allclose(found, np.stack(expected), rtol=0, atol=1e-5)
+    assert np.std(expected, axis=0).mean() > 0.01
+
+
+def test_bfloat16_backbone():
+    """As in training, and unlike fp32."""
+    expected, plain = (trained_with(Noise("cpu", Ranks(0, 1), 1), observations(3), backbone_bf16=on)[0] for on in (True, False))
+    found = joined(make(TINY, backbone_bf16=True).get_action(packed(observations(3))), "gripper_delta", "gripper_open")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert np.abs(found - plain).max() > 1e-4
+
+
+@pytest.mark.parametrize("form, single, batched", [("plain", False, False), ("bracketed", True, True), ("nvidia", True, False)])
+def test_form_of_the_instruction(form, single, batched):
+    """The tiny tokenizer does not know the word "['lift", so its complaint shows how the instruction was written."""
+    policy = make(TINY, prompt=form)
+    for brackets, data in ((single, first(observations(1))), (batched, observations(1))):
+        expected = pytest.raises(serve_gr00t.RequestError, match=r"\['lift") if brackets else contextlib.nullcontext()
+        with expected:
+            assert policy.get_action(packed(data))
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+class Evil:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def archive() -> dict:
+    data = io.BytesIO()
+    np.savez(data, np.zeros(3))
+    return {"__ndarray_class__": True, "as_npy": data.getvalue()}
+
+
+def promise() -> dict:
+    """The header of an array of 256 TiB, without the array."""
+    data = io.BytesIO()
+    np.lib.format.write_array_header_1_0(data, {"descr": "<f8", "fortran_order": False, "shape": (1, 1 << 45)})
+    return {"__ndarray_class__": True, "as_npy": data.getvalue()}
+
+
+CAM, ARM, FINGERS = "video.cam", "state.gripper_position", "state.finger_positions"
+CHANGES = {  # of a good request, and what the reply says
+    "absent camera": ({CAM: None}, "absent: 'video.cam'"),
+    "absent state": ({ARM: None}, "absent: 'state.gripper_position'"),
+    "unknown camera": ({"video.wrist": np.zeros((1, 64, 64, 3), np.uint8)}, "unknown: 'video.wrist'"),
+    "two instructions": ({"annotation.other": [TEXTS[0]]}, "more than one instruction: 'annotation.other'"),
+    "float image": ({CAM: np.zeros((1, 64, 64, 3), np.float32)}, "video.cam: its type is float32, not uint8"),
+    "integer state": ({ARM: np.zeros((1, 3), np.int64)}, "state.gripper_position: its type is int64, not a float"),
+    "channels first": ({CAM: np.zeros((1, 3, 64, 64), np.uint8)}, "video.cam: its shape is (1, 3, 64, 64)"),
+    "two moments": ({CAM: np.zeros((2, 64, 64, 3), np.uint8)}, "video.cam: its shape is (2, 64, 64, 3)"),
+    "flat image": ({CAM: np.zeros(3, np.uint8)}, "video.cam: its shape is (3,)"),
+    "no pixels": ({CAM: np.zeros((1, 0, 0, 3), np.uint8)}, "video.cam: its shape is (1, 0, 0, 3)"),
+    "small state": ({ARM: np.zeros((1, 2))}, "state.gripper_position: its shape is (1, 2)"),
+    "scalar state": ({ARM: np.zeros(())}, "state.gripper_position: its shape is ()"),
+    "half a batch": ({ARM: np.zeros((2, 1, 3))}, "state.gripper_position: its shape is (2, 1, 3)"),
+    "other batch": ({ARM: np.zeros((2, 1, 3)), FINGERS: np.zeros((3, 1, 2))}, "its shape is"),
+    "empty batch": (observations(0), "video.cam: its shape is (0, 1, 64, 64, 3)"),
+    "nan": ({ARM: np.full((1, 3), np.nan)}, "state: it holds nan"),
+    "inf in fp32": ({ARM: np.full((1, 3), 1e300)}, "state: it holds nan, inf"),
+    "list": ({ARM: [[0.0, 0.0, 0.0]]}, "state.gripper_position: not an array"),
+    "npy as text": ({ARM: {"__ndarray_class__": True, "as_npy": "npy"}}, "state.gripper_position: not an array"),
+    "no npy": ({ARM: {"__ndarray_class__": True, "as_npy": b"abc"}}, "state.gripper_position: not an npy array"),
+    "archive": ({ARM: archive()}, "state.gripper_position: not an npy array but an archive"),
+    "promise": ({ARM: promise()}, "state.gripper_position: not an npy array"),
+    "unknown word": ({LANGUAGE: ["lift the green cube"]}, "annotation.human.action.task_description: instruction"),
+    "no instruction": ({LANGUAGE: None}, "'Perform'"),  # NVIDIA's default has words that the tiny tokenizer lacks
+    "sentence for list": ({LANGUAGE: TEXTS[0]}, "must be a list of strings"),
+    "too many": ({LANGUAGE: list(TEXTS)}, "must be a list of strings, one per observation (1)"),
+    "numbers": ({LANGUAGE: [1]}, "must be a list of strings"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, message", CHANGES.values(), ids=CHANGES)
+def test_bad_observations(server, changes, message):
+    data = {key: value for key, value in (first(observations(1)) | changes).items() if value is not None}
+    refused(server.client("get_action", data), message)
+    assert server.client("ping")["status"] == "ok"
+
+
+GOOD = msgpack.packb({"endpoint": "ping"})
+MESSAGES = {
+    "nothing": ([b""], "not a msgpack message"),
+    "no msgpack": ([b"\xc1"], "not a msgpack message"),
+    "cut short": ([GOOD[:-2]], "not a msgpack message"),
+    "too long": ([GOOD + b"\x00"], "not a msgpack message"),
+    "two parts": ([GOOD, GOOD], "not a msgpack message of one part"),
+    "no text": ([b"\x81\xa1\xff\xc0"], "not a msgpack message"),
+    "nested": ([b"\x91" * 5000], "not a msgpack message"),
+    "number": ([msgpack.packb(7)], "a request is a map"),
+    "unknown endpoint": ([msgpack.packb({"endpoint": "reset"})], "unknown endpoint 'reset'"),
+    "endpoint of another type": ([msgpack.packb({"endpoint": [7]})], "unknown endpoint [7]"),
+    "long endpoint": ([msgpack.packb({"endpoint": "x" * 100_000})], "unknown endpoint 'xxx"),
+    "no data": ([msgpack.packb({"endpoint": "get_action"})], "data: not a map"),
+    "data of another type": ([msgpack.packb({"endpoint": "get_action", "data": [1]})], "data: not a map"),
+}
+
+
+def refused(reply: dict, message: str) -> None:
+    assert set(reply) == {"error"} and message in reply["error"], reply
+    assert "\n" not in reply["error"] and len(reply["error"]) <= 500
+
+
+@pytest.mark.parametrize("parts, message", MESSAGES.values(), ids=MESSAGES)
+def test_bad_messages(server, parts, message):
+    refused(server.client.send(*parts), message)
+    assert server.client("ping")["status"] == "ok"
+
+
+@pytest.mark.parametrize("form", ["pickle", "array of objects"])
+def test_nothing_is_unpickled(server, form, tmp_path):
+    evil = Evil(tmp_path / "written")
+    packed = npy(np.array([evil], dtype=object), allow_pickle=True)
+    if form == "pickle":
+        packed["as_npy"] = pickle.dumps(evil)
+    refused(server.client("get_action", first(observations(1)) | {CAM: packed}), "video.cam: not an npy array")
+    assert not evil.path.exists()
+    assert joined(server.client("get_action", first(observations(1))), "gripper_delta", "gripper_open").shape == (8, 4)
+
+
+def test_an_unforeseen_failure_is_answered(monkeypatch, capsys):
+    policy = make(TINY)
+    monkeypatch.setattr(policy, "modality_config", lambda: 1 / 0)
+    reply, goes_on = serve_gr00t.answer([msgpack.packb({"endpoint": "get_modality_config"})], policy, None)
+    assert goes_on and reply == {"error": "ZeroDivisionError: division by zero"} and "Traceback" in capsys.readouterr().err
+
+
+def test_token_and_kill(tmp_path):
+    with started(tmp_path / "stderr", "--api-token", "secret") as (process, client):
+        for given in ({}, {"api_token": "Secret"}, {"api_token": "ü"}, {"api_token": 1}, {"api_token": None}):
+            for endpoint in ("ping", "get_action", "get_modality_config", "kill"):
+                refused(client(endpoint, **given), "Unauthorized")
+        assert client("ping", api_token="secret") == {"status": "ok", "message": "Server is running"}
+        assert process.poll() is None
+        assert client("kill", api_token="secret")["status"] == "ok"
+        assert process.wait(20) == 0
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def usage_error(**flags) -> str:
+    with pytest.raises(UsageError) as caught:
+        serve_gr00t.main(serve_gr00t.Args(**{"device": "cpu", "port": 0, **flags}))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_checkpoints(tiny_checkpoint, tmp_path):
+    def error(folder: Path, **flags) -> str:
+        text = usage_error(checkpoint=str(folder), **flags)
+        assert text.startswith(f"--checkpoint {folder}: ")
+        return text
+
+    error(tmp_path / "missing")
+    assert "octopus" in error(TINY, embodiment_tag="octopus")
+    assert "--cameras" in error(tiny_checkpoint)  # its metadata names none
+    assert make(tiny_checkpoint, cameras=("cam",)).video == ["video.cam"]
+    folder = shutil.copytree(TINY, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["action_head_cfg"]["max_seq_len"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "wrong shape" in error(folder)
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    error(folder)
+
+
+BAD = [("port", 70_000), ("port", -1), ("seed", -1), ("denoise_steps", 0), ("micro_batch_size", 0), ("device", "gpu")]
+
+
+@pytest.mark.parametrize("name, value", [*BAD, ("host", "no-where")])
+def test_bad_flags(name, value):
+    assert usage_error(**{name: value}).startswith(f"--{name.replace('_', '-')} {value}: ")
+
+
+def test_empty_token():
+    assert usage_error(api_token="").startswith("--api-token: ")
+
+
+def test_port_in_use(capsys):
+    with zmq.Context() as context, context.socket(zmq.REP) as socket:
+        address = serve_gr00t.bind(serve_gr00t.Args(host="localhost", port=0), socket)
+        port = int(address.removeprefix("tcp://127.0.0.1:"))
+        assert usage_error(port=port).startswith(f"--port {port}: ")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("token, lines", [(None, 1), ("secret", 0)])
+def test_an_open_host_without_a_token_is_warned_of(token, lines, capsys):
+    with zmq.Context() as context, context.socket(zmq.REP) as socket:
+        serve_gr00t.bind(serve_gr00t.Args(host="0.0.0.0", port=0, api_token=token), socket)
+    text = capsys.readouterr().err
+    assert text.count("\n") == lines and ("--api-token" in text) == bool(lines)
