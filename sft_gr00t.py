@@ -99,6 +99,7 @@ from gr00t_n1d5 import (
     Gr00tProcessor,
     is_full_size,
     load_tokenizer,
+    pad_prompts,
     tiny_tokenizer,
 )
 from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config
@@ -267,11 +268,12 @@ class Gr00tPolicy(nn.Module):
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         try:
             prompts = [processor.prompt(text, len(TASKS[args.task].cameras)) for text in instructions]
+            prompts, lengths = pad_prompts(prompts)  # (P, L), (P,)
         except ValueError as error:
             raise UsageError(f"--instruction: {error}") from error
-        if len({len(p) for p in prompts}) > 1:
-            raise UsageError(f"--task {args.task}: its instructions differ in token count; choose one with --instruction")
-        self.register_buffer("prompts", torch.stack(prompts).to(args.device), persistent=False)  # (P, L)
+        self.register_buffer("prompts", prompts.to(args.device), persistent=False)
+        self.register_buffer("lengths", lengths.to(args.device), persistent=False)
+        self.mixed = len(set(lengths.tolist())) > 1
 
     def embodiment(self, n: int) -> Tensor:
         return torch.full((n,), self.processor.embodiment_id, dtype=torch.long, device=self.prompts.device)
@@ -281,7 +283,9 @@ class Gr00tPolicy(nn.Module):
         with torch.autocast(self.prompts.device.type, torch.bfloat16, self.bf16):
             features = self.net.backbone(self.prompts[prompt], self.processor.images(images, augmentation))
         state = self.processor.normalize_state(state)
-        return self.net.action_head.encode(features, state, self.embodiment(len(state)))
+        return self.net.action_head.encode(
+            features, state, self.embodiment(len(state)), self.lengths[prompt] if self.mixed else None
+        )
 
     @torch.no_grad()
     def act(self, obs: Observation, noise: Noise | None = None, explore: bool = False) -> PolicyOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import math
 import multiprocessing
@@ -99,6 +100,56 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether the difference is small against the norm."""
     assert b.norm() > 0
     return float((a - b).norm() / b.norm()) < tolerance
+
+
+# ---------------------------------------------------------------- prompts
+
+TASK = "Tabletop-Lift-Cube-v0"
+
+
+def instructed(monkeypatch, *texts: str) -> None:
+    monkeypatch.setitem(grpo_gr00t.TASKS, TASK, dataclasses.replace(grpo_gr00t.TASKS[TASK], instructions=texts))
+
+
+def means(policy, obs: Observation) -> Tensor:
+    """What the policy makes of observations: means of stochastic steps from fixed noise, (B, 1, chunk, valid)."""
+    n, g = len(obs.state), torch.Generator().manual_seed(1)
+    noise = torch.randn(4, 2, 1, HORIZON, ACTION_DIM, generator=g)[:n]
+    k = torch.ones(n, 1, dtype=torch.long)
+    return policy.evaluate(obs, Chain(noise[:, 0], noise[:, 1], k, torch.zeros(n, 1)))[1].detach()
+
+
+def test_instructions_of_several_lengths_do_not_disturb_each_other(tiny_checkpoint, monkeypatch):
+    """Each does in a mixed batch what it does alone; features that were kept give the same."""
+    obs, texts = observation(4), ("lift the red cube", "lift cube")
+    instructed(monkeypatch, *texts)
+    _, policy = make(tiny_checkpoint)
+    assert len(set(policy.lengths.tolist())) == 2
+    mixed = means(policy, obs)
+    kept = means(policy, obs._replace(features=policy.features(obs).detach()))
+    assert torch.equal(mixed, kept)
+    for i, text in enumerate(texts):
+        instructed(monkeypatch, text)
+        _, single = make(tiny_checkpoint)
+        own = obs._replace(prompt=torch.zeros(4, dtype=torch.long))
+        assert torch.allclose(means(single, own)[i::2], mixed[i::2], atol=2e-6)
+        assert not torch.allclose(means(single, own)[1 - i :: 2], mixed[1 - i :: 2], atol=1e-4)  # it matters
+
+
+def test_prompt_flags(tiny_checkpoint, monkeypatch):
+    """--pad-prompt is seen by the head, as RLinf's padding is; --bracketed changes the words."""
+    obs = observation(4)
+    plain, padded = (make(tiny_checkpoint, pad_prompt=n)[1] for n in (None, 24))
+    assert padded.prompts.shape[1] == 24 and padded.features(obs).shape[1] == 24
+    real = plain.prompts.shape[1]
+    assert torch.allclose(padded.features(obs)[:, :real], plain.features(obs), atol=1e-6)
+    behind = padded.features(obs)[:, real:]
+    assert torch.equal(behind, padded.net.backbone.padding_feature().expand_as(behind))
+    assert not torch.allclose(means(padded, obs), means(plain, obs), atol=1e-4)
+    with pytest.raises(UsageError, match="^--instruction: .*cannot be padded to 7"):
+        make(tiny_checkpoint, pad_prompt=7)
+    with pytest.raises(UsageError, match=r"^--instruction: .*\['lift"):
+        make(tiny_checkpoint, bracketed=True)  # no such word in the tiny vocabulary
 
 
 # ---------------------------------------------------------------- the sampler keeps the distribution

@@ -319,6 +319,20 @@ def test_log_ratio_is_clamped(tiny_checkpoint):
     assert gradient(policy).abs().max() == 0
 
 
+def test_the_critic_sees_no_padding(tiny_checkpoint, monkeypatch):
+    """Instructions of several lengths: the mean is over an observation's own features."""
+    short = dataclasses.replace(TASKS[TASK], instructions=("lift the red cube", "lift cube"))
+    monkeypatch.setitem(TASKS, TASK, short)
+    args, policy = make(tiny_checkpoint)
+    obs = observation(args, 4, 0)._replace(prompt=torch.tensor([0, 1, 1, 0]))
+    features, lengths = policy.features(obs), policy.lengths[obs.prompt].tolist()
+    assert len(set(lengths)) == 2 and features.shape[1] == max(lengths)
+    expected = torch.stack([f[:n].mean(0) for f, n in zip(features, lengths)])
+    found = policy.critic_input(obs)
+    assert torch.allclose(found[:, : expected.shape[1]], expected, atol=1e-6)
+    assert torch.equal(found[:, expected.shape[1] :], obs.critic)
+
+
 # ---------------------------------------------------------------- rewards, advantages, episodes
 
 
