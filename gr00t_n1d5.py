@@ -796,7 +796,8 @@ def memory_plan(args, policy: nn.Module, samples: int, steps: int, views: int, l
         }
 
     if budget:
-        caches = ["gpu", "off"] if on_cpu else ["gpu", "cpu", "off"]
+        on_host = not on_cpu and samples * features < psutil.virtual_memory().available
+        caches = ["gpu", "cpu", "off"] if on_host else ["gpu", "off"]
         caches = caches[caches.index(args.feature_cache) :] if args.feature_cache in caches else [args.feature_cache]
         micros = [max(args.micro_batch_size >> i, 1) for i in range(args.micro_batch_size.bit_length())]
         # first the largest micro-batches of 16 or more, wherever the features are, then smaller ones
