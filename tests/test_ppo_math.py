@@ -652,7 +652,20 @@ def test_the_adaptive_learning_rate_follows_the_kl_within_bounds(target_kl, epoc
 
 # ---------------------------------------------------------------- two processes
 
-SPLIT = {"critic": {"critic": True}, "lstm": {"recurrent": True, "minibatches": 3}, "stop": {"space": CHOICES, "stop_kl": 1e-4}}
+SPLIT = {
+    "critic": {"critic": True},
+    "lstm": {"recurrent": True, "minibatches": 3},
+    "stop": {"space": CHOICES, "stop_kl": 1e-4},
+    "rate": {"epochs": 1},
+}
+
+
+def target_kl(name: str) -> float:
+    """"rate": the KL of all ranks together is above twice of it, that of one rank's half is not."""
+    if name != "rate":
+        return 1e-4
+    kl = 2 * float(Run(2, target_kl=1e9, **SPLIT[name]).update(5e-3, sgd=True)[4])  # of the second of two steps
+    return kl / 2.2
 
 
 def updated(run: Run, ranks: Ranks) -> Tensor:
@@ -669,7 +682,8 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     ranks, half = Ranks.start("cpu"), slice(rank * N // 2, (rank + 1) * N // 2)
     for name, kind in SPLIT.items():
-        run, whole = Run(0, target_kl=1e-4, **kind), torch.load(f"{folder}/{name}.pt")
+        whole = torch.load(f"{folder}/{name}.pt")
+        run = Run(0, target_kl=whole.pop("target_kl"), **kind)
         dims = 0 if run.args.recurrent else 1
         rows = {key: whole[key].view(T, N, -1)[:, half].flatten(0, dims) for key in ("obs", "critic", "rest")}
         states = whole["states"] and tuple(state[:, half] for state in whole["states"])
@@ -681,11 +695,13 @@ def one_rank(rank: int, port: int, folder: str) -> None:
 def test_two_processes_make_the_same_update(tmp_path):
     expected = {}
     for name, kind in SPLIT.items():
-        run = Run(2, target_kl=1e-4, **kind)
-        torch.save({**run.batch._asdict(), "figures": {}}, tmp_path / f"{name}.pt")
+        run = Run(2, target_kl=target_kl(name), **kind)
+        torch.save({**run.batch._asdict(), "figures": {}, "target_kl": run.args.target_kl}, tmp_path / f"{name}.pt")
         before = parameters_to_vector(run.policy.parameters()).detach().clone()
         expected[name] = updated(run, ALONE)
         assert (expected[name][: len(before)] - before).abs().max() > 1e-3
+        if name == "rate":
+            assert math.isclose(run.rate(), 5e-3 / 1.5, rel_tol=1e-5)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
