@@ -69,7 +69,7 @@ def test_rates_follow_from_the_time(exact):
         assert 0 < low <= row["seconds"] <= high and row["repeats"] == 3
         assert row["observations_per_s"] == pytest.approx(3 / row["seconds"])
         assert row["env_steps_per_s"] == pytest.approx(8 * row["observations_per_s"])  # the tiny network's horizon
-        assert sum(row["stage_ms"].values()) < 1.5e3 * high
+        assert all(ms > 0 for ms in row["stage_ms"].values()) and sum(row["stage_ms"].values()) > 300 * low
         assert row["mfu"] == pytest.approx(row["observations_per_s"] * gflop * 1e9 / (tflops * 1e12))
 
 
@@ -153,9 +153,7 @@ def test_autocast_ends_with_its_lever(setting, monkeypatch):
     config, net, processor, inputs = setting
     policy = Policy(copy.deepcopy(net).bfloat16(), copy.deepcopy(processor), inputs.ids, torch.bfloat16, "eager")
     seen, backbone = [], type(net.backbone).forward
-    monkeypatch.setattr(
-        type(net.backbone), "forward", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or backbone(*x)
-    )
+    monkeypatch.setattr(type(net.backbone), "forward", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or backbone(*x))
     policy(inputs.images, inputs.state, inputs.noise)
     policy.pull("bf16-weights")
     policy(inputs.images, inputs.state, inputs.noise)
