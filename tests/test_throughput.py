@@ -69,7 +69,7 @@ def test_rates_follow_from_the_time(exact):
         assert 0 < low <= row["seconds"] <= high and row["repeats"] == 3
         assert row["observations_per_s"] == pytest.approx(3 / row["seconds"])
         assert row["env_steps_per_s"] == pytest.approx(8 * row["observations_per_s"])  # the tiny network's horizon
-        assert sum(row["stage_ms"].values()) < 1.5e3 * high
+        assert all(ms > 0 for ms in row["stage_ms"].values()) and sum(row["stage_ms"].values()) > 300 * low
         assert row["mfu"] == pytest.approx(row["observations_per_s"] * gflop * 1e9 / (tflops * 1e12))
 
 
@@ -153,9 +153,7 @@ def test_autocast_ends_with_its_lever(setting, monkeypatch):
     config, net, processor, inputs = setting
     policy = Policy(copy.deepcopy(net).bfloat16(), copy.deepcopy(processor), inputs.ids, torch.bfloat16, "eager")
     seen, backbone = [], type(net.backbone).forward
-    monkeypatch.setattr(
-        type(net.backbone), "forward", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or backbone(*x)
-    )
+    monkeypatch.setattr(type(net.backbone), "forward", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or backbone(*x))
     policy(inputs.images, inputs.state, inputs.noise)
     policy.pull("bf16-weights")
     policy(inputs.images, inputs.state, inputs.noise)
@@ -276,6 +274,7 @@ def test_prediction_of_the_full_size(tmp_path):
 
 def test_update_and_memory_rows(tmp_path):
     flags = {"views": (1,), "precisions": ("fp32", "tf32"), "scripts": ("grpo_gr00t",), "memory_envs": 16}
+    flags["memory_cap_gb"] = 0.03
     results = throughput.main(tiny(tmp_path, what=("update", "memory"), dtype="float32", **flags))
     rows = [row for row in results.rows.values() if row["what"] == "update"]
     assert [(row["head"], row["cache"]) for row in rows] == [(h, c) for h in flags["precisions"] for c in ("gpu", "off")]
@@ -286,10 +285,13 @@ def test_update_and_memory_rows(tmp_path):
         assert row["status"] == "ok", row
         assert row["samples"] == 16 * 4  # a whole episode of each environment, all groups mixed
         assert row["samples_per_s"] == pytest.approx(64 / row["seconds"])
-        assert row["ratio_error"] < 1e-5  # the update sees what the rollout did
+        assert row["ratio_error"] < 1e-5 and row["features"] == row["cache"]  # the update sees what the rollout did
     memory = [row for row in results.rows.values() if row["what"] == "memory"]
-    assert [(row["micro_batch"], row["checkpointing"]) for row in memory] == [(128, False), (32, False), (128, True)]
-    assert all(row["status"] == "ok" and row["peak_gb"] > 0 for row in memory)
+    settings = [(128, False), (32, False), (128, True), ("planned", False)]
+    assert [(row["micro_batch"], row["checkpointing"]) for row in memory] == settings
+    assert all(row["status"] == "ok" and row["peak_gb"] > 0 for row in memory), memory
+    assert [row["micro_batch_size"] for row in memory[:3]] == [128, 32, 128]
+    assert memory[3]["micro_batch_size"] < 32  # the budget is smaller than 32 samples' activations
     assert "cached over recomputed" in (tmp_path / "out" / "table.md").read_text()
 
 
@@ -297,8 +299,9 @@ def test_update_and_memory_rows(tmp_path):
 def test_the_other_scripts_update(name, tmp_path):
     args = resolve(tiny(tmp_path, dtype="float32"))
     config = throughput.make_config("tiny")
-    row = throughput.measure_script(name, args, config, 2, "fp32", 1, 32, num_envs=16, feature_cache="off")
-    assert row["samples"] == 32 and row["ratio_error"] < 1e-5 and row["observations_per_s"] > 0
+    flags = {"micro_batch_size": 8, "feature_cache": "off"}
+    row = throughput.measure_script(name, args, config, 2, "fp32", 1, 2, num_envs=16, **flags)
+    assert row["samples"] == 16 and row["ratio_error"] < 1e-5 and row["observations_per_s"] > 0
 
 
 def test_the_head_runs_in_the_precision_that_is_named(tmp_path):
