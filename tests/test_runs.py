@@ -160,6 +160,18 @@ def test_imitation_from_scratch(tmp_path):
     assert a == b
 
 
+def test_imitation_by_two_ranks_with_shared_weights(tmp_path):
+    """torchrun splits environments and demonstrations, FSDP the network; the checkpoint is whole."""
+    flags = "--fsdp --num-envs 32 --demos 64 --steps 60 --batch-size 64 --eval-episodes 32 --device cpu --exp-name two".split()
+    out = run(tmp_path, *flags, "--no-track", script="sft_gr00t.py", port=29519)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"] and out.count("step 60:") == 1
+    rows, summary = metrics(tmp_path / "runs/two"), json.loads((tmp_path / "runs/two/summary.json").read_text())
+    assert [row["iteration"] for row in rows] == [49, 59] and rows[1]["update/loss"] < rows[0]["update/loss"]
+    assert summary["world_size"] == 2 and summary["ode_success"]["episodes"] == 32
+    assert 0.5 * 64 * 8 < summary["samples"] <= 64 * 8  # of both ranks
+    run(tmp_path, "--evaluate", "--checkpoint", "runs/two/checkpoints/last", "--exp-name", "e", "--no-track", *SMALL)
+
+
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(tmp_path):
     flags = "--exp-name nan --iterations 6 --save-every 1 --eval-every 0 --minibatches 1 --epochs 1 --learning-rate 1e30"
     process = start(tmp_path, *flags.split(), "--no-track", *SMALL)

@@ -151,7 +151,7 @@ def two(tiny_checkpoint, tmp_path_factory):
 
 def apart(a: list[Tensor], b: list[Tensor]) -> float:
     """Distance relative to b's norm."""
-    a, b = (torch.cat([x.flatten() for x in xs]) for xs in (a, b))
+    a, b = (torch.cat([x.detach().flatten() for x in xs]) for xs in (a, b))
     return float((a - b).norm() / b.norm())
 
 
