@@ -14,7 +14,15 @@ sys.path.insert(0, str(ROOT))
 from tests import assets
 
 # Isaac Lab reads this once, when any test of a process imports it first
-os.environ.setdefault("ISAACSIM_ASSET_ROOT", str(assets.mirror()))
+os.environ["ISAACSIM_ASSET_ROOT"] = str(assets.mirror())
+
+# whole files go to the workers, in this order: the longest ones first, so that the workers end together
+LONGEST = "ppo_runs runs ppo_lora_runs ppo_gr00t_runs ppo_rgb tabletop assets scripts sft".split()
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")

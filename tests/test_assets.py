@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests import assets
+from tests import assets, warm
 
 # public modified (Craig's) DH parameters of the Panda, flange included: a [m], d [m], alpha [rad]
 DH = (
@@ -372,14 +372,9 @@ def run(kind: str):
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_physics(kind):
-    process = subprocess.run(
-        [sys.executable, __file__, kind],
-        env={**os.environ, "ISAACSIM_ASSET_ROOT": str(assets.mirror()), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert f"{kind} passed" in process.stdout, process.stderr[-3000:]
+    env = {**os.environ, "ISAACSIM_ASSET_ROOT": str(assets.mirror()), "OMP_NUM_THREADS": "1"}
+    out, err = warm.start([__file__, kind], ROOT, env).communicate(timeout=600)
+    assert f"{kind} passed" in out, err[-3000:]
 
 
 if __name__ == "__main__":

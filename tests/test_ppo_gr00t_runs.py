@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -113,7 +112,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
     The KL's coefficient has adapted by then, and the first checkpoint falls into the middle of an episode.
     """
     folder, _ = whole
-    process = start(tmp_path, *WHOLE, "--no-track", "--no-capture-video", start_new_session=True)
+    process = start(tmp_path, *WHOLE, "--no-track", "--no-capture-video")
     log = tmp_path / "runs" / "whole" / "metrics.jsonl"
     deadline = time.time() + 600
     while not (log.exists() and len(log.read_text().splitlines()) >= 5):
@@ -143,9 +142,8 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
 
 def test_two_ranks_train_on_the_dense_reward(tmp_path):
     """torchrun splits the environments; one run folder, written by rank 0. The task's own reward ends no attempt."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29513")
     flags = "--exp-name two --iterations 2 --critic-warmup 1 --eval-every 0 --noise flow-cps-all --reward dense --no-track"
-    run(tmp_path, *flags.split(), "--no-capture-video", *SMALL, launcher=launcher)
+    run(tmp_path, *flags.split(), "--no-capture-video", *SMALL, port=29513)
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"]
     summary = json.loads((tmp_path / "runs/two/summary.json").read_text())
     assert summary["world_size"] == 2 and summary["episodes"] == 64 and summary["ode_success_before"]["episodes"] == 32

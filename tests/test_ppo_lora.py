@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -35,6 +34,7 @@ from ppo_gr00t_lora import (
     update,
     watch,
 )
+from tests.warm import CONTEXT
 
 torch.set_num_threads(1)
 ALONE = Ranks(0, 1)
@@ -434,12 +434,11 @@ def first_update(rank: int, world: int, port: int, checkpoint: Path, folder: Pat
 
 
 def test_two_processes_make_the_same_first_update(tiny_checkpoint, tmp_path):
-    context = multiprocessing.get_context("spawn")
     for world in (1, 2):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        jobs = [context.Process(target=first_update, args=(r, world, port, tiny_checkpoint, tmp_path)) for r in range(world)]
+        jobs = [CONTEXT.Process(target=first_update, args=(r, world, port, tiny_checkpoint, tmp_path)) for r in range(world)]
         for job in jobs:
             job.start()
         for job in jobs:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import time
 
 import pytest
@@ -81,7 +80,7 @@ def test_killed_in_a_stage_and_resumed_equals_uninterrupted(whole, tmp_path):
     state = torch.load(folder / "runs/whole/checkpoints/step_000004/trainer_state.pt", weights_only=True)
     assert list(state["begun"]) == ["critic", "head", "vl"] and 2 < state["peak_at"] <= 4 and state["smooth"] is not None
     flags = [*FLAGS, "--save-every", "4", "--keep-checkpoints", "9", "--no-track", *OWN]
-    process = start(tmp_path, *flags, script=SCRIPT, start_new_session=True)
+    process = start(tmp_path, *flags, script=SCRIPT)
     log = tmp_path / "runs" / "whole" / "metrics.jsonl"
     deadline = time.time() + 600
     while not (log.exists() and len(log.read_text().splitlines()) >= 5):
@@ -102,9 +101,8 @@ def test_killed_in_a_stage_and_resumed_equals_uninterrupted(whole, tmp_path):
 
 
 def test_two_ranks_train(tmp_path):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29515")
     flags = "--exp-name two --iterations 2 --save-every 2 --eval-every 0 --critic-warmup 1 --no-track --no-merged-export"
-    run(tmp_path, *flags.split(), *OWN, script=SCRIPT, launcher=launcher)
+    run(tmp_path, *flags.split(), *OWN, script=SCRIPT, port=29515)
     summary = json.loads((tmp_path / "runs/two/summary.json").read_text())
     assert summary["world_size"] == 2 and summary["episodes"] == 64 and summary["stages_begun"]["vl"] == 1
     assert metrics(tmp_path / "runs/two")[1]["update/first_ratio_error"] <= 1e-5

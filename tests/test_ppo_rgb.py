@@ -10,8 +10,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,7 +41,7 @@ from ppo_isaac_rgb import (
     update,
 )
 from stock_tasks import task_config
-from tests import assets
+from tests import assets, warm
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -433,13 +431,14 @@ def test_the_camera_shows_the_present_and_the_last_moment_before_a_reset(tmp_pat
         assert (again[1, 3] != final[1]).any() and torch.equal(again[:, 3], rendered())
 
 
-def launch(folder: Path, *flags: str) -> str:
+def launch(folder: Path, *flags: str, cold: bool = False) -> str:
     """Runs ppo_isaac_rgb.py to its end and returns what it printed."""
     env = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "ppo_isaac_rgb.py"), *flags, "--no-track", "--device", "cpu"]
-    result = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
+    command = [str(ROOT / "ppo_isaac_rgb.py"), *flags, "--no-track", "--device", "cpu"]
+    process = warm.start(command, folder, env, cold)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out[-3000:] + err[-3000:]
+    return out
 
 
 def rows(run_dir: Path) -> list[dict]:
@@ -453,7 +452,7 @@ def whole(folder: Path) -> str:
     """A complete small run whose episodes are cut to 10 steps, so that rollouts hold time-outs and resets."""
     flags = "--num-envs 4 --num-steps 6 --epochs 2 --minibatches 2 --iterations 4 --save-every 2 --keep-checkpoints 3"
     flags += " --frame-skip 2 --noop-max 2 --eval-episodes 4 --seed 5 --exp-name whole --capture-video"
-    return launch(folder, *flags.split(), "--overrides", "env.episode_length_s=0.1666")
+    return launch(folder, *flags.split(), "--overrides", "env.episode_length_s=0.1666", cold=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Whole runs of ppo_isaac.py, as a user starts them: Isaac Lab's own tasks on a CPU, with stand-in assets.
+"""Whole runs of ppo_isaac.py, by its command line: Isaac Lab's own tasks on a CPU, with stand-in assets.
 
 Episodes are cut to a few steps, so that the shortest rollouts hold time-outs, resets and a whole evaluation.
 """
@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -165,8 +164,7 @@ def test_policy_is_filmed(tmp_path):
 
 def test_two_ranks_train(tmp_path):
     """torchrun splits environments; one run folder and one log, written by rank 0."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29517")
-    out = ppo(tmp_path, *SMALL, *"--iterations 2 --exp-name two".split(), launcher=launcher)
+    out = ppo(tmp_path, *SMALL, *"--iterations 2 --exp-name two".split(), port=29517)
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"]
     check_healthy(tmp_path / "runs/two", 2)
     result = summary(tmp_path / "runs/two")

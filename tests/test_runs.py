@@ -1,28 +1,29 @@
-"""Whole runs of the scripts, as a user starts them, in the real simulator on a CPU with the shipped tiny checkpoint."""
+"""Whole runs of the scripts, by their command lines, in the real simulator on a CPU with the shipped tiny checkpoint."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--num-envs 32 --group-size 8 --device cpu --eval-episodes 32 --no-capture-video --wandb-project tests".split()
 TIMING = ("sps/", "time/")
 
 
-def start(folder: Path, *flags: str, script: str = "grpo_gr00t.py", launcher=(sys.executable,), **kwargs):
-    """Starts a script in a folder of its own, W&B offline."""
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port")
+
+
+def start(folder: Path, *flags: str, script: str = "grpo_gr00t.py", port: int | None = None):
+    """Starts a script in a folder of its own, W&B offline; with a port as two ranks, by torchrun."""
     env = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(ROOT / script), *flags]
-    return subprocess.Popen(
-        command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
-    )
+    launcher = (*TORCHRUN, str(port)) if port else ()
+    return warm.start([*launcher, str(ROOT / script), *flags], folder, env, cold=port is not None)
 
 
 def run(folder: Path, *flags: str, **kwargs) -> str:
@@ -96,7 +97,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
     """SIGKILL between two checkpoints; the resumed run's metrics, weights and summary are those of the whole run."""
     folder, _ = whole
     flags = "--exp-name whole --iterations 4 --save-every 2 --eval-every 2 --seed 5 --no-track".split()
-    process = start(tmp_path, *flags, *SMALL, start_new_session=True)
+    process = start(tmp_path, *flags, *SMALL)
     log = tmp_path / "runs" / "whole" / "metrics.jsonl"
     deadline = time.time() + 600
     while not (log.exists() and len(log.read_text().splitlines()) >= 3):
@@ -125,9 +126,8 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
 
 def test_two_ranks_train(tmp_path):
     """torchrun splits environments and groups; one run folder, written by rank 0."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29511")
     flags = "--exp-name two --iterations 1 --save-every 1 --eval-every 0 --noise flow-cps-all --no-track".split()
-    run(tmp_path, *flags, *SMALL, launcher=launcher)
+    run(tmp_path, *flags, *SMALL, port=29511)
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"]
     summary = json.loads((tmp_path / "runs/two/summary.json").read_text())
     assert summary["world_size"] == 2 and summary["episodes"] == 32 and summary["ode_success_before"]["episodes"] == 32
@@ -136,7 +136,7 @@ def test_two_ranks_train(tmp_path):
 
 def test_the_large_command_line_fits(tmp_path):
     """4096 environments in groups of 16 with the tiny policy: shaped right, within a laptop's memory."""
-    flags = "--num-envs 4096 --group-size 16 --iterations 1 --eval-episodes 0 --exp-name large".split()
+    flags = "--num-envs 4096 --group-size 16 --iterations 1 --epochs 1 --eval-episodes 0 --exp-name large".split()
     out = run(tmp_path, *flags, *"--device cpu --no-capture-video --no-track --micro-batch-size 512".split())
     assert "16384 samples an iteration" in out
     summary = json.loads((tmp_path / "runs/large/summary.json").read_text())
@@ -158,6 +158,18 @@ def test_imitation_from_scratch(tmp_path):
     a = json.loads((tmp_path / "runs/sft/summary.json").read_text())["ode_success"]
     b = json.loads((tmp_path / "runs/e/summary.json").read_text())["ode_success"]
     assert a == b
+
+
+def test_imitation_by_two_ranks_with_shared_weights(tmp_path):
+    """torchrun splits environments and demonstrations, FSDP the network; the checkpoint is whole."""
+    flags = "--fsdp --num-envs 32 --demos 64 --steps 60 --batch-size 64 --eval-episodes 32 --device cpu --exp-name two".split()
+    out = run(tmp_path, *flags, "--no-track", script="sft_gr00t.py", port=29519)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"] and out.count("step 60:") == 1
+    rows, summary = metrics(tmp_path / "runs/two"), json.loads((tmp_path / "runs/two/summary.json").read_text())
+    assert [row["iteration"] for row in rows] == [49, 59] and rows[1]["update/loss"] < rows[0]["update/loss"]
+    assert summary["world_size"] == 2 and summary["ode_success"]["episodes"] == 32
+    assert 0.5 * 64 * 8 < summary["samples"] <= 64 * 8  # of both ranks
+    run(tmp_path, "--evaluate", "--checkpoint", "runs/two/checkpoints/last", "--exp-name", "e", "--no-track", *SMALL)
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -16,6 +15,7 @@ import sft_gr00t
 from common import Ranks, RunLogger
 from gr00t_n1d5 import Augmentation, Gr00tN1d5
 from sft_gr00t import TASKS, Args, Demonstrations, Gr00tPolicy, Observation, UsageError, backward, make_policy, resolve
+from tests import warm
 
 torch.set_num_threads(1)
 TEXTS = ("lift the red cube", "lift the blue cube")
@@ -156,11 +156,11 @@ def observation() -> Observation:
 @pytest.fixture(scope="module")
 def two(tiny_checkpoint, tmp_path_factory):
     """The folder of two processes that trained together, and what each of them noted."""
-    folder, context = tmp_path_factory.mktemp("two"), multiprocessing.get_context("spawn")
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    jobs = [context.Process(target=train_in_two, args=(rank, port, tiny_checkpoint, folder)) for rank in range(2)]
+    jobs = [warm.CONTEXT.Process(target=train_in_two, args=(rank, port, tiny_checkpoint, folder)) for rank in range(2)]
     for job in jobs:
         job.start()
     for job in jobs:
@@ -171,7 +171,7 @@ def two(tiny_checkpoint, tmp_path_factory):
 
 def apart(a: list[Tensor], b: list[Tensor]) -> float:
     """Distance relative to b's norm."""
-    a, b = (torch.cat([x.flatten() for x in xs]) for xs in (a, b))
+    a, b = (torch.cat([x.detach().flatten() for x in xs]) for xs in (a, b))
     return float((a - b).norm() / b.norm())
 
 

@@ -1,11 +1,12 @@
 """The embedded task in the real simulator: starts, groups, determinism, camera, success, expert, both steppers."""
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 N = 32
@@ -161,7 +162,13 @@ def test_observation_groups(env):
     assert torch.equal(obs["critic"][:, 18:23], obs["policy"]) and torch.equal(obs["critic"][:, -1], target.float())
 
 
-def test_standard_environment_ends_at_success():
+def execute(code: str, folder: Path) -> tuple[str, str]:
+    """Runs code in a process with a simulator of its own; what it printed."""
+    (folder / "code.py").write_text(code)
+    return warm.start([str(folder / "code.py")], ROOT, dict(os.environ)).communicate(timeout=900)
+
+
+def test_standard_environment_ends_at_success(tmp_path):
     """Outside ChunkEnv it is an ordinary Isaac Lab task: the termination resets, the horizon times out."""
     code = """
 import argparse, torch, gymnasium as gym
@@ -185,8 +192,8 @@ with launch_simulation(cfg, argparse.Namespace(device="cpu", headless=True, enab
     print("ENDS OK")
     env.close()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert "ENDS OK" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    out, err = execute(code, tmp_path)
+    assert "ENDS OK" in out, out[-2000:] + err[-2000:]
 
 
 @pytest.mark.parametrize("physics", ["mujoco_c", "newton_mjwarp"])
@@ -208,7 +215,7 @@ with chunk_env(Path({str(tmp_path)!r}), n, {physics!r}) as env:
             env.step_chunk(tabletop.expert_action(env.env)[:, None], last=True)
         print("SUCCESS", share, env.success.float().mean().item())
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=900)
-    rates = [float(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("SUCCESS")]
-    assert len(rates) == 2 and min(rates) >= 0.95, done.stdout[-2000:] + done.stderr[-2000:]
-    assert f"physics: {'C MuJoCo' if physics == 'mujoco_c' else 'Newton MuJoCo-Warp'}" in done.stdout
+    out, err = execute(code, tmp_path)
+    rates = [float(line.split()[2]) for line in out.splitlines() if line.startswith("SUCCESS")]
+    assert len(rates) == 2 and min(rates) >= 0.95, out[-2000:] + err[-2000:]
+    assert f"physics: {'C MuJoCo' if physics == 'mujoco_c' else 'Newton MuJoCo-Warp'}" in out
