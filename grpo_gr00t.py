@@ -519,21 +519,27 @@ class Gr00tActor(nn.Module):
 class Batch:
     """One iteration's samples, flattened from (T, N, ...) to (T N, ...); T chunks per episode."""
 
-    def __init__(self, args: Args):
-        self.cache, self.device, self.chunks = args.feature_cache, args.device, []
+    def __init__(self, args: Args, chunks: int):
+        self.cache, self.device, self.chunks = args.feature_cache, args.device, chunks
+        self.flat, self.rows = {}, 0
 
     def add(self, obs: Observation, out: PolicyOutput) -> None:
         """One chunk of every environment."""
-        kept = {"features": out.features.to("cpu") if self.cache == "cpu" else out.features}  # waits, on a GPU
-        if self.cache == "off":
-            kept = {"images": obs.images}
-        self.chunks.append(kept | {"state": obs.state, "prompt": obs.prompt} | out.chain._asdict())
+        kept = {"images": obs.images} if self.cache == "off" else {"features": out.features}
+        for name, x in (kept | {"state": obs.state, "prompt": obs.prompt} | out.chain._asdict()).items():
+            self.put(name, x)
+        self.rows += len(obs.state)
+
+    def put(self, name: str, x: Tensor) -> None:
+        """Writes a chunk's rows (N, ...) to their place: there is one copy of a rollout's samples."""
+        if name not in self.flat:
+            host = name == "features" and self.cache == "cpu"
+            place = {"device": "cpu" if host else x.device, "pin_memory": host and x.is_cuda}
+            self.flat[name] = torch.empty(self.chunks * len(x), *x.shape[1:], dtype=x.dtype, **place)  # (T N, ...)
+        self.flat[name][self.rows : self.rows + len(x)] = x
 
     def finish(self, valid: Tensor, success: Tensor, args: Args) -> Batch:
         """Adds advantages and weights, from which chunks were valid (T, N) and which episodes succeeded (N,)."""
-        self.flat = {name: torch.cat([chunk[name] for chunk in self.chunks]) for name in self.chunks[0]}  # (T N, ...)
-        if self.cache == "cpu" and self.device != "cpu":
-            self.flat["features"] = self.flat["features"].pin_memory()
         self.success = success.float()
         advantage, self.group_keep = group_advantages(self.success, args.group_size, normalize_std=args.normalize_std)
         self.flat["advantage"] = advantage.expand(len(valid), -1).flatten()
@@ -557,7 +563,7 @@ class Batch:
 def rollout(env: ChunkEnv, policy: nn.Module, args: Args, iteration: int, ranks: Ranks, timer: StageTimer) -> Batch:
     """One episode per environment, in groups from one start; returns the samples with advantages and weights."""
     noise = Noise(args.device, ranks, args.seed, iteration)
-    batch, valid = Batch(args), []
+    batch, valid = Batch(args, policy.rollout_chunks), []
     with timer("env"):
         obs = env.reset(episode_seed(args.seed, iteration, ranks), args.group_size)
     for t in range(policy.rollout_chunks):  # T
@@ -709,6 +715,7 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
             plan = plan_minibatches(batch, args, iteration, ranks)
             sums, extremes = update(policy, optimizer, batch, plan, args, ranks)
             metrics = describe_iteration(batch, sums, extremes, args, ranks)
+            del batch  # before there is another
         first = iteration == 0
         check_finite(metrics, iteration, logger, TOLERANCE[args.matmul_precision] if first else math.inf)
         seconds = timer.seconds()

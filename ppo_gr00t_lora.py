@@ -735,17 +735,27 @@ def lora_config(args: Args, net: Gr00tN1d5) -> LoraConfig:
 class Batch:
     """One iteration's samples, flattened from (T, N, ...) to (T N, ...); T chunks per rollout."""
 
-    def __init__(self, args: Args, trains_backbone: bool):
-        self.cache, self.device, self.chunks = "off" if trains_backbone else args.feature_cache, args.device, []
+    def __init__(self, args: Args, chunks: int, trains_backbone: bool):
+        self.cache, self.device, self.chunks = "off" if trains_backbone else args.feature_cache, args.device, chunks
+        self.flat, self.rows = {}, 0
 
     # Copied from ppo_gr00t_frozen.py:Batch.add
     def add(self, obs: Observation, out: PolicyOutput, critic_input: Tensor) -> None:
         """One chunk of every environment."""
-        kept = {"features": out.features.to("cpu") if self.cache == "cpu" else out.features}  # waits, on a GPU
-        if self.cache == "off":
-            kept = {"images": obs.images}
+        kept = {"images": obs.images} if self.cache == "off" else {"features": out.features}
         kept |= {"state": obs.state, "prompt": obs.prompt, "critic": critic_input}
-        self.chunks.append(kept | out.chain._asdict())
+        for name, x in (kept | out.chain._asdict()).items():
+            self.put(name, x)
+        self.rows += len(obs.state)
+
+    # Copied from grpo_gr00t.py:Batch.put
+    def put(self, name: str, x: Tensor) -> None:
+        """Writes a chunk's rows (N, ...) to their place: there is one copy of a rollout's samples."""
+        if name not in self.flat:
+            host = name == "features" and self.cache == "cpu"
+            place = {"device": "cpu" if host else x.device, "pin_memory": host and x.is_cuda}
+            self.flat[name] = torch.empty(self.chunks * len(x), *x.shape[1:], dtype=x.dtype, **place)  # (T N, ...)
+        self.flat[name][self.rows : self.rows + len(x)] = x
 
     # Copied from ppo_gr00t_frozen.py:Batch.finish
     def finish(self, steps: list[tuple], last_value: Tensor, successes: list[Tensor], args: Args, chunk: int) -> Batch:
@@ -756,9 +766,6 @@ class Batch:
             last_value: (N,) of the state after the rollout.
             successes: (N,) for each episode that ended.
         """
-        self.flat = {name: torch.cat([c[name] for c in self.chunks]) for name in self.chunks[0]}  # (T N, ...)
-        if self.cache == "cpu" and self.device != "cpu":
-            self.flat["features"] = self.flat["features"].pin_memory()
         rewards, values, ended, valid = (torch.stack(x) for x in zip(*steps))  # (T, N)
         none, gamma = torch.zeros_like(rewards), args.gamma**chunk
         advantage, target = gae(rewards, values, ended, none, none, last_value, gamma, args.gae_lambda)
@@ -788,7 +795,7 @@ class Batch:
 def rollout(env: ChunkEnv, policy: nn.Module, args: Args, iteration: int, ranks: Ranks, timer: StageTimer) -> Batch:
     """T chunks in every environment, from where the last rollout stopped; a new episode where one is over."""
     noise = Noise(args.device, ranks, args.seed, iteration)
-    batch, steps, successes = Batch(args, policy.trains_backbone), [], []
+    batch, steps, successes = Batch(args, policy.rollout_chunks, policy.trains_backbone), [], []
     for t in range(policy.rollout_chunks):
         if env.steps >= env.task.horizon:
             with timer("env"):
@@ -1018,6 +1025,7 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
             policy.adapters.eval()
             policy.critic.moments.copy_(merge_moments(policy.critic.moments, batch.flat["critic"], ranks))
             metrics = describe_iteration(batch, sums, extremes, args, ranks)
+            del batch  # before there is another
         first = moving and iteration == run["begun"][schedule[0].name] and not args.lora_dropout
         check_finite(metrics, iteration, logger, TOLERANCE[args.matmul_precision] if first else math.inf)
         watch(run, metrics, iteration)

@@ -62,8 +62,8 @@ MIXED = [1, 99, 3, 99, 2, 99, 99, 5]  # two groups of four, both with failures a
 
 def collect(args: Args, policy: Gr00tActor, first_success=MIXED, horizon: int = 32) -> Batch:
     """A batch from generated observations, as if episode i succeeded in chunk first_success[i]."""
-    batch, noise, ends = Batch(args), Noise(args.device, ALONE, args.seed, 0), torch.tensor(first_success)
-    chunks = horizon // policy.chunk
+    chunks, noise, ends = horizon // policy.chunk, Noise(args.device, ALONE, args.seed, 0), torch.tensor(first_success)
+    batch = Batch(args, chunks)
     for chunk in range(chunks):
         obs = observation(len(ends), seed=chunk)
         batch.add(obs, policy.act(obs, noise, explore=True))
@@ -532,7 +532,7 @@ def one_rank(rank: int, port: int, checkpoint: str, folder: str) -> None:
     ranks = Ranks.start("cpu")
     for name in ("halves", "one_empty"):
         args, policy = make(checkpoint, kl_coef=0.01, max_grad_norm=1.0)
-        batch, flat = Batch(args), torch.load(f"{folder}/{name}.pt")
+        batch, flat = Batch(args, 8), torch.load(f"{folder}/{name}.pt")
         rows = torch.arange(64).view(8, 8)[:, rank * 4 : rank * 4 + 4].flatten()
         batch.flat = {key: value[rows] for key, value in flat.items()}
         if rank == 0 or name == "halves":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import math
 import multiprocessing
 import os
@@ -597,6 +598,26 @@ def test_inputs_are_standardised_by_what_came_before(tiny_checkpoint, logger, mo
     policy.critic.layers.register_forward_hook(lambda module, inputs, out: given.append(inputs[0]))
     policy.critic(x)
     assert torch.allclose(given[0], expected, atol=1e-3)
+
+
+def test_features_are_held_once(tiny_checkpoint, logger, monkeypatch):
+    """One copy of a rollout's features at the end of each rollout; those of the one before are gone."""
+    args, policy = make(tiny_checkpoint, **SHORT | {"critic_warmup": 0})
+    seen, n = [], len(MIXED)
+    per_row = policy.features(observation(args, 1, 0)).nbytes
+
+    def held() -> float:
+        """Rows of features that live, in whole rollouts; a chunk's own may be among them."""
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if type(x) is Tensor and x.shape[-2:] == wide and not x.requires_grad]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        return sum(storages.values()) / (per_row * CHUNKS * n)
+
+    wide = policy.features(observation(args, 1, 0)).shape[-2:]
+    finish = Batch.finish
+    monkeypatch.setattr(Batch, "finish", lambda *args: (finish(*args), seen.append(held()))[0])
+    training(args, policy, logger, monkeypatch)
+    assert len(seen) == 3 and all(1 <= x <= 1 + 2 / CHUNKS for x in seen), seen
 
 
 def test_learning_rates_of_a_run(tiny_checkpoint, logger, monkeypatch):

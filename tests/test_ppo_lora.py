@@ -56,7 +56,8 @@ def observation(n: int, seed: int = 0) -> Observation:
 
 def collect(args: Args, policy: Gr00tActorCritic, n: int = 8, chunks: int = 4) -> Batch:
     """A batch from generated observations, with random rewards."""
-    batch, noise, g = Batch(args, policy.trains_backbone), Noise("cpu", ALONE, args.seed, 0), torch.Generator().manual_seed(7)
+    batch = Batch(args, chunks, policy.trains_backbone)
+    noise, g = Noise("cpu", ALONE, args.seed, 0), torch.Generator().manual_seed(7)
     steps = []
     with torch.no_grad():
         for t in range(chunks):
