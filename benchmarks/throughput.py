@@ -19,7 +19,7 @@ How it is measured
   multiplication and an addition are two) per second, over a measured product of two square bf16 matrices. fp8 rows
   are held against bf16, too.
 - update: the scripts' own `rollout` and `update`, with generated observations in the simulator's place; features kept
-  from the rollout or computed again, the head in fp32 (as the scripts run it), in TF32, or under bf16 autocast.
+  from the rollout or computed again, the head in fp32, in TF32 (the scripts' choice at full size), or in bf16.
 - memory: the same at --memory-envs, under a cap of --memory-cap-gb, with several micro-batches and with what the scripts'
   own --max-memory-gb plans for that cap; updates are cut short.
 - newton: the embedded task in the real simulator, without a policy.
@@ -577,13 +577,14 @@ def make_actor(name: str, args: Args, config: Gr00tConfig, views: int, device: s
     own = script.resolve(script.Args(**{key: value for key, value in flags.items() if key in known}))
     own.device = device
     task = dataclasses.replace(script.TASKS[own.task], cameras=("camera",) * views)
-    net = make_net(config, device, getattr(torch, args.dtype), args.seed)
+    net, before = make_net(config, device, getattr(torch, args.dtype), args.seed), torch.get_float32_matmul_precision()
     with (
         mock.patch.dict(script.TASKS, {own.task: task}),
         mock.patch.object(script.Gr00tN1d5, "from_pretrained", lambda *_: net),
         mock.patch.object(script.Gr00tProcessor, "from_pretrained", lambda *_: make_processor(config)),
     ):
         policy = script.Gr00tActor(own) if hasattr(script, "Gr00tActor") else script.Gr00tActorCritic(own)
+    torch.set_float32_matmul_precision(before)  # the scripts set their own; here `head_precision` does
     if hasattr(policy, "unfreeze"):
         policy.unfreeze(stage.name for stage in script.parse_schedule(own))
     return script, own, policy

@@ -308,6 +308,7 @@ def test_the_head_runs_in_the_precision_that_is_named(tmp_path):
     args = resolve(tiny(tmp_path, dtype="float32"))
     config = throughput.make_config("tiny")
     script, own, policy = throughput.make_actor("grpo_gr00t", args, config, 1, "cpu", num_envs=16)
+    assert own.matmul_precision == "high" and torch.get_float32_matmul_precision() == "highest"
     observation = throughput.GeneratedEnv(script, own, config, 1).reset(0)
     before = policy.act(observation).action
     with throughput.head_precision(policy, "tf32", "cpu"):
