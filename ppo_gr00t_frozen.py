@@ -29,6 +29,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Args:
     wandb_project: str = "gr00t-rl"  # Weights & Biases project
     exp_name: str | None = None  # the run's folder is runs/<exp-name>; made from task, seed and time by default
     capture_video: bool = True  # record a group of rollouts before and after
-    compile: bool = False  # torch.compile the denoising network
+    compile: bool = False  # torch.compile the transformer blocks
 
     # algorithm
     reward: Literal["sparse", "dense"] = "sparse"  # sparse: 1 at success, which ends an attempt; dense: the task's own
@@ -429,8 +430,9 @@ class Gr00tActorCritic(nn.Module):
         if args.activation_checkpointing:
             for block in self.blocks():
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if args.compile:
-            self.net.action_head.velocity = torch.compile(self.net.action_head.velocity)
+        for name, block in self.named_modules() if args.compile else ():
+            if re.fullmatch(r"(net|base_head)\..*\.(layers|transformer_blocks)\.\d+", name):
+                block.compile()  # equal blocks share one compilation
 
     # Copied from grpo_gr00t.py:Gr00tActor.blocks
     def blocks(self) -> list[nn.Module]:

@@ -453,3 +453,28 @@ def test_two_processes_make_the_same_first_update(tiny_checkpoint, tmp_path):
     error = torch.cat([(a - b).flatten() for a, b in zip(alone, first)])
     assert change.norm() > 0 and error.norm() < 1e-4 * change.norm()
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_give_the_same_gradient(tiny_checkpoint, checkpointing, monkeypatch):
+    """All blocks, of backbone and head; the gradient of the whole loss, adapters on and off.
+
+    Captured as for any backend, but run as it is: generating code takes minutes on a CPU.
+    """
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: whole(module, backend="aot_eager"))
+    found = []
+    for compiled in (False, True):
+        args, policy = make(tiny_checkpoint, compile=compiled, activation_checkpointing=checkpointing, kl_coef=0.1)
+        perturb(policy)
+        batch = collect(args, policy)
+        loss, _, error = ppo_loss(policy, batch, torch.arange(8), args, True)
+        loss.backward()
+        assert error < 1e-4
+        found.append(torch.cat([p.grad.flatten() for p in policy.trainable()]))
+        blocks = [m for m in policy.modules() if m._compiled_call_impl is not None]
+        expected = len(policy.net.backbone.vision_model.encoder.layers) + len(policy.net.backbone.language_model.layers)
+        head = policy.net.action_head
+        expected += len(head.model.transformer_blocks) + len(head.vl_self_attention.transformer_blocks)
+        assert len(blocks) == (expected if compiled else 0)
+    assert found[0].norm() > 0 and (found[1] - found[0]).norm() < 1e-4 * found[0].norm()
