@@ -162,11 +162,11 @@ def test_imitation_from_scratch(tmp_path):
 
 def test_imitation_by_two_ranks_with_shared_weights(tmp_path):
     """torchrun splits environments and demonstrations, FSDP the network; the checkpoint is whole."""
-    flags = "--fsdp --num-envs 32 --demos 64 --steps 60 --batch-size 64 --eval-episodes 32 --device cpu --exp-name two".split()
+    flags = "--fsdp --num-envs 32 --demos 64 --steps 12 --batch-size 32 --eval-episodes 32 --device cpu --exp-name two".split()
     out = run(tmp_path, *flags, "--no-track", script="sft_gr00t.py", port=29519)
-    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"] and out.count("step 60:") == 1
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"] and out.count("step 12:") == 1
     rows, summary = metrics(tmp_path / "runs/two"), json.loads((tmp_path / "runs/two/summary.json").read_text())
-    assert [row["iteration"] for row in rows] == [49, 59] and rows[1]["update/loss"] < rows[0]["update/loss"]
+    assert [row["iteration"] for row in rows] == [11] and 0 < rows[0]["update/loss"] == summary["loss"]
     assert summary["world_size"] == 2 and summary["ode_success"]["episodes"] == 32
     assert 0.5 * 64 * 8 < summary["samples"] <= 64 * 8  # of both ranks
     run(tmp_path, "--evaluate", "--checkpoint", "runs/two/checkpoints/last", "--exp-name", "e", "--no-track", *SMALL)

@@ -99,11 +99,12 @@ def test_augmentation_by_default_at_full_size(tiny_checkpoint):
 # ---------------------------------------------------------------- several processes
 
 STEPS, CLIP, BATCH = 3, 0.05, 12
-VARIANTS = {
-    "averaged": {},
-    "fsdp": {"fsdp": True},
-    "fsdp, memory": {"fsdp": True, "activation_checkpointing": True, "micro_batch_size": 4},
+AVERAGED = {"plain": {"max_grad_norm": 1e9}, "clipped": {"max_grad_norm": CLIP}}
+SHARDED = {
+    "plain": {"fsdp": True, "max_grad_norm": 1e9},
+    "clipped": {"fsdp": True, "max_grad_norm": CLIP, "activation_checkpointing": True, "micro_batch_size": 4},
 }
+VARIANTS = {f"{kind} averaged": x for kind, x in AVERAGED.items()} | {f"{kind} sharded": x for kind, x in SHARDED.items()}
 
 
 def of_rank(rank: int, chunk: int) -> Demonstrations:
@@ -135,7 +136,7 @@ def train_in_two(rank: int, port: int, checkpoint: Path, folder: Path) -> None:
     torch.optim.AdamW.step, sft_gr00t.evaluate = noted, evaluate
     for name, flags in VARIANTS.items():
         note = found[name] = {"gradients": [], "actions": [], "local": []}
-        common = {"steps": STEPS, "batch_size": BATCH, "max_grad_norm": CLIP, "eval_every": 1, "exp_name": name}
+        common = {"steps": STEPS, "batch_size": BATCH, "eval_every": 1, "exp_name": name}
         args = resolve(Args(checkpoint=str(checkpoint), device="cpu", num_envs=8, **common, **flags))
         policy = make_policy(args, TEXTS)
         sft_gr00t.collect = lambda *_, chunk=policy.chunk: of_rank(rank, chunk)
@@ -143,6 +144,11 @@ def train_in_two(rank: int, port: int, checkpoint: Path, folder: Path) -> None:
         logger = RunLogger(folder / name, {}, script=__file__, total_iterations=STEPS, track=False, is_main=rank == 0)
         sft_gr00t.train(args, env, policy, logger, ranks, TEXTS)
         logger.close()
+        weights = list(policy.net.parameters())
+        for _ in range(2):  # what has been gathered once must not be used again
+            note["actions"].append(policy.act(observation()).action)
+            with torch.no_grad():
+                torch._foreach_mul_(weights, 1.01)
     torch.save(found, folder / f"{rank}.pt")
     ranks.stop()
 
@@ -191,27 +197,31 @@ def test_gradients_are_those_of_both_ranks_batches(tiny_checkpoint, two):
     parameters = [p for p in policy.net.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad / 2
-    assert torch.nn.utils.clip_grad_norm_(parameters, CLIP) > 2 * CLIP  # else clipping would not be tested
-    expected = [p.grad for many in (True, False) for p in parameters if (p.ndim > 1) == many]
-    for name in VARIANTS:
-        for rank in range(2):
-            assert apart(two[1][rank][name]["gradients"][0], expected) < 1e-5, (name, rank)
+    for kind, most in (("plain", 1e9), ("clipped", CLIP)):
+        norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+        assert norm > 2 * CLIP
+        expected = [p.grad for many in (True, False) for p in parameters if (p.ndim > 1) == many]
+        for how in ("averaged", "sharded"):
+            for rank in range(2):
+                assert apart(two[1][rank][f"{kind} {how}"]["gradients"][0], expected) < 1e-5, (kind, how, rank)
 
 
-def test_sharded_training_is_averaged_training(two):
+@pytest.mark.parametrize("kind", SHARDED)
+def test_sharded_training_is_averaged_training(two, kind):
     """Later gradients depend on the weights; the actions are the moving average's, which is sharded as well."""
     folder, notes = two
-    whole = sum(g.numel() for g in notes[0]["averaged"]["gradients"][0])
-    for name in ("fsdp", "fsdp, memory"):
-        for rank in range(2):
-            a, b = notes[rank][name], notes[rank]["averaged"]
-            assert b["local"][0] == whole and a["local"][0] < 0.6 * whole
-            for i in range(STEPS):
-                assert apart(a["gradients"][i], b["gradients"][i]) < 1e-4, (name, rank, i)
-                assert (a["actions"][i] - b["actions"][i]).abs().max() < 1e-4, (name, rank, i)
-                assert torch.equal(a["actions"][i], notes[0][name]["actions"][i])
-            assert (a["actions"][2] - a["actions"][1]).abs().max() > 1e-3  # not what was gathered before
-        assert sum(notes[rank][name]["local"][0] for rank in range(2)) == whole
+    name = f"{kind} sharded"
+    whole = sum(g.numel() for g in notes[0][name]["gradients"][0])
+    for rank in range(2):
+        a, b = notes[rank][name], notes[rank][f"{kind} averaged"]
+        assert b["local"][0] == whole and a["local"][0] < 0.6 * whole
+        for i in range(STEPS):
+            assert apart(a["gradients"][i], b["gradients"][i]) < 1e-4, (rank, i)
+        for i in range(STEPS + 2):
+            assert (a["actions"][i] - b["actions"][i]).abs().max() < 1e-4, (rank, i)
+            assert torch.equal(a["actions"][i], notes[0][name]["actions"][i])
+            assert i == 0 or (a["actions"][i] - a["actions"][i - 1]).abs().max() > 1e-3
+    assert sum(notes[rank][name]["local"][0] for rank in range(2)) == whole
     logs = [(folder / name / "metrics.jsonl").read_text().splitlines() for name in VARIANTS]
     assert all(len(log) == STEPS for log in logs)
 
@@ -220,14 +230,15 @@ def test_sharded_training_is_averaged_training(two):
 def test_sharded_weights_are_saved_whole(two, name):
     folder, notes = two
     path = folder / name / "checkpoints" / "last"
-    files = {p.name for p in (folder / "averaged" / "checkpoints" / "last").iterdir()}
+    averaged = folder / f"{name.split()[0]} averaged" / "checkpoints" / "last"
+    files = {p.name for p in averaged.iterdir()}
     assert {p.name for p in path.iterdir()} == files and "model.safetensors" in files
-    net, other = (Gr00tN1d5.from_pretrained(p) for p in (path, folder / "averaged" / "checkpoints" / "last"))
+    net, other = (Gr00tN1d5.from_pretrained(p) for p in (path, averaged))
     assert {n: p.shape for n, p in net.named_parameters()} == {n: p.shape for n, p in other.named_parameters()}
     assert apart(list(net.parameters()), list(other.parameters())) < 1e-5
     flags = {k: v for k, v in VARIANTS[name].items() if k != "fsdp"}
     args = resolve(Args(checkpoint=str(path), device="cpu", evaluate=True, exp_name="x", **flags))
-    assert torch.equal(make_policy(args, TEXTS).act(observation()).action, notes[0][name]["actions"][-1])
+    assert torch.equal(make_policy(args, TEXTS).act(observation()).action, notes[0][name]["actions"][STEPS - 1])
 
 
 @pytest.mark.parametrize(
