@@ -18,10 +18,13 @@ import dataclasses
 import importlib
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import tyro
 
 from common import UsageError
 
@@ -256,7 +259,7 @@ def task_config(args: Any, num_envs: int, image_size: int) -> Any:
         choose_observations(cfg, task, args.task)
     if getattr(args, "reward", "sparse") == "sparse":
         cfg.rewards = {}  # success is watched by the script
-    elif isinstance(cfg.rewards, dict) or not vars(cfg.rewards or object()):  # stock_tasks.py has put success there
+    elif isinstance(cfg.rewards, dict) or not getattr(cfg.rewards, "__dict__", None):  # stock_tasks.py puts success in a dict
         raise UsageError(f"--reward dense: {args.task} has no rewards; use --reward sparse")
     if newton:  # PhysX and RTX put all environments into one world
         cfg.scene.env_spacing = 0.0  # equal rounding everywhere: members of a group stay bit-identical
@@ -409,6 +412,9 @@ class Args:
     seed: int = 0  # of the weights
 
 
+ARGS = tyro.cli(Args) if __name__ == "__main__" else None
+
+
 def main(args: Args) -> None:
     if args.task is None:
         for name, task in TASKS.items():
@@ -427,11 +433,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
-    import tyro
-
     try:
-        main(tyro.cli(Args))
+        main(ARGS)
     except UsageError as error:
         sys.exit(f"error: {error}")

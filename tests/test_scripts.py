@@ -90,8 +90,9 @@ def test_help_is_instant_and_complete(script, tmp_path):
 def test_every_field_is_read(script):
     """As args.<name>, or by a getattr over a list of names; checking it before the run alone does not count."""
     tree = tree_of(script)
-    imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "common"]
-    shared = [copies.find(tree_of("common.py"), alias.name) for node in imports for alias in node.names]
+    modules = ("common", "gr00t_n1d5", "gr00t_tasks")
+    imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module in modules]
+    shared = [copies.find(tree_of(f"{node.module}.py"), alias.name) for node in imports for alias in node.names]
     found: set[str] = set()
     for statement in [*tree.body, *filter(None, shared)]:
         name = next(iter(copies.names_of(statement)), None)
@@ -298,6 +299,7 @@ def refusal(basics):
 NOT_POSITIVE = (
     "num_envs iterations steps demos frames_per_demo batch_size save_every keep_checkpoints denoise_steps "
     "noise_level learning_rate clip epochs minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk "
+    "max_memory_gb pad_prompt "
     "num_steps target_kl stop_kl clip_obs clip_rewards clip_actions init_std lstm_size frame_skip "
     "rollout_chunks critic_lr critic_epochs value_clip kl_target lora_rank lora_alpha llm_layers plateau unfreeze_kl"
 ).split()
