@@ -124,6 +124,9 @@ def resolve(args: Args) -> Args:
     if args.task not in TASKS:
         near = difflib.get_close_matches(args.task, TASKS, 3, 0.0)
         raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
+    if not TASKS[args.task].expert and not args.evaluate:
+        able = ", ".join(name for name, task in TASKS.items() if task.expert)
+        raise UsageError(f"--task {args.task}: has no expert to learn from; {able} has")
     if args.evaluate and not args.checkpoint:
         raise UsageError("--evaluate: name what to evaluate with --checkpoint")
     positive = "num_envs demos frames_per_demo steps batch_size learning_rate max_grad_norm denoise_steps micro_batch_size"
@@ -575,11 +578,11 @@ def main(args: Args) -> None:
             track=args.track, wandb_project=args.wandb_project,
             is_main=ranks.rank == 0,
             device=args.device,
-            sources=[HERE / f"{name}.py" for name in ("gr00t_n1d5", "gr00t_tasks", task.module)],
+            sources=[HERE / f"{name}.py" for name in ("gr00t_n1d5", "gr00t_tasks", task.module or "stock_tasks")],
         )  # fmt: skip
     except OSError as error:
         raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
-    logger.listen("gr00t_tasks", task.module)
+    logger.listen("gr00t_tasks", task.module or "stock_tasks")
     logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs")
     logger.event(f"instructions: {'; '.join(instructions)}")
     logger.event(f"starting the simulator (its own output: {run_dir}/simulator.log)")

@@ -96,6 +96,12 @@ def test_augmentation_by_default_at_full_size(tiny_checkpoint):
     assert resolved(checkpoint="nvidia/GR00T-N1.5-3B", augment="off") == "off"
 
 
+def test_a_task_without_an_expert():
+    with pytest.raises(UsageError, match="^--task Isaac-Humanoid: has no expert to learn from; Tabletop-Lift-Cube-v0 has$"):
+        resolve(Args(task="Isaac-Humanoid", device="cpu"))
+    assert resolve(Args(task="Isaac-Humanoid", device="cpu", checkpoint="x", evaluate=True)).task == "Isaac-Humanoid"
+
+
 # ---------------------------------------------------------------- several processes
 
 STEPS, CLIP, BATCH = 3, 0.05, 12
