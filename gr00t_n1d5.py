@@ -810,8 +810,9 @@ def memory_plan(args, policy: nn.Module, samples: int, steps: int, views: int, l
         args.feature_cache, args.micro_batch_size = fitting[0]
         policy.micro_batch_size = args.micro_batch_size
         if not on_cpu:
-            share = budget * 1e9 / torch.cuda.get_device_properties(args.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(share, 1.0), args.device)
+            index = torch.device(args.device).index  # None: the current one
+            share = budget * 1e9 / torch.cuda.get_device_properties(index).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(share, 1.0), index)
     planned = sizes(args.feature_cache, args.micro_batch_size)
     plan = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in planned.items()) + " GB (estimated)"
     if budget:
