@@ -25,9 +25,9 @@ STACK = "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor"
 RUNS = {  # row: the script that trains on it, its flags
     STACK: ("grpo_gr00t", {}),
     "RLinf-Stack-Cube": ("ppo_gr00t_frozen", {"critic_obs": "privileged"}),
-    "Isaac-Open-Drawer-Franka": ("ppo_gr00t_lora", {"critic_obs": "privileged", "reward": "dense"}),
+    "Isaac-Open-Drawer-Franka": ("grpo_gr00t", {}),
     "Isaac-Lift-Franka": ("ppo_gr00t_frozen", {"critic_obs": "privileged"}),
-    "Isaac-Humanoid": ("grpo_gr00t", {}),
+    "Isaac-Humanoid": ("ppo_gr00t_lora", {"reward": "dense"}),
 }
 N, GROUP, STEPS = 4, 2, 16
 
