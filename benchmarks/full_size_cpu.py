@@ -1,6 +1,6 @@
 """A checkpoint of full size on a machine without a GPU: host memory and seconds of loading, one policy call, saving.
 
-    python benchmarks/full_size_cpu.py --folder /tmp/full_size     # 10 GB of disk, 8 GB of memory, minutes
+    python benchmarks/full_size_cpu.py --folder runs/full_size     # 10 GB of disk, 8 GB of memory, minutes
 
 The weights are random (bfloat16, in shards), so the actions mean nothing; sizes, keys and files are those of
 nvidia/GR00T-N1.5-3B. Each stage has a process of its own, whose peak is the kernel's (files mapped into memory

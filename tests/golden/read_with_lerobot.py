@@ -4,8 +4,8 @@ Two environments take turns: the project's writes a checkpoint and what it does 
 `make_groot_golden.py`) loads the checkpoint with its own `GR00TN15.from_pretrained` and compares. From the repository
 root:
 
-    python tests/golden/read_with_lerobot.py write /tmp/exchange [--checkpoint checkpoints/tiny]
-    golden-venv/bin/python tests/golden/read_with_lerobot.py read /tmp/exchange
+    python tests/golden/read_with_lerobot.py write runs/exchange [--checkpoint checkpoints/tiny]
+    golden-venv/bin/python tests/golden/read_with_lerobot.py read runs/exchange
 
 Without --checkpoint a small network with random weights is written in shards, sliced to one of its four embodiments.
 The port's code runs as it is, with two exceptions: Eagle's config, which the port takes from the hub at full size, is
