@@ -274,6 +274,67 @@ def standardize(x: Tensor, moments: Tensor, eps: float = 0.01, clip: float = 10.
     return ((x - mean.to(x.dtype)) / (std + eps).to(x.dtype)).clamp(-clip, clip)
 
 
+def normalize_advantages(advantages: Tensor, size: int, ranks: Ranks) -> None:
+    """To mean 0 and std 1 over a minibatch of `size` samples on all ranks, in place; 1e-8 is added to the std.
+
+    Args:
+        advantages: of any shape, this rank's share.
+    """
+    import torch
+
+    if ranks.world == 1:
+        var, mean = torch.var_mean(advantages, correction=0)
+    else:
+        mean, square = ranks.reduce(torch.stack([advantages.sum(), advantages.square().sum()])) / size
+        var = (square - mean.square()).clamp(min=0)
+    advantages.sub_(mean).div_(var.sqrt_().add_(1e-8))
+
+
+def elu(x: Tensor) -> Tensor:
+    """ELU. On CPUs torch's own takes expm1, which is 3 (AVX2) to 36 (AVX-512) times slower than this one's exp."""
+    import torch
+
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _elu().apply(x)
+    return torch.nn.functional.elu(x)
+
+
+@functools.cache
+def _elu() -> Any:
+    import torch
+
+    class ELU(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            y = torch.maximum(x, x.clamp(max=0).exp_().sub_(1))
+            ctx.save_for_backward(y)
+            return y
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:
+            (y,) = ctx.saved_tensors
+            return y.clamp(max=0).add_(1).mul_(grad)
+
+    return ELU
+
+
+def flat_parameter(module: Any) -> Any:
+    """All parameters of a module side by side: one small optimizer step, norm and sum over ranks instead of many.
+
+    Returns:
+        A torch.nn.Parameter (P,); the module's own parameters and their gradients become views of it and its gradient.
+    """
+    from torch import nn, zeros_like
+
+    parameters = sorted(module.parameters(), key=lambda p: -p.numel())  # small ones last, for the others' alignment
+    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    flat.grad = zeros_like(flat)
+    nn.utils.vector_to_parameters(flat.data, parameters)
+    for p, grad in zip(parameters, flat.grad.split([p.numel() for p in parameters])):
+        p.grad = grad.view_as(p)
+    return flat
+
+
 def seeded_generator(device: Any, *seeds: int) -> Any:
     """A torch.Generator of its own for every tuple of seeds."""
     import numpy as np

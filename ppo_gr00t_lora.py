@@ -152,29 +152,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import (
-    Noise,
-    Ranks,
-    RunLogger,
-    StageTimer,
-    UsageError,
-    check_finite,
-    check_numbers,
-    explained_variance,
-    gae,
-    load_run,
-    merge_moments,
-    peak_memory_gb,
-    per_step,
-    pick_device,
-    resumed_args,
-    run_name,
-    save_checkpoint,
-    standardize,
-    start_logger,
-    step_means,
-    steps_per_second,
-    to_host,
-    wilson_interval,
+    Noise, Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, explained_variance, gae, load_run,
+    merge_moments, peak_memory_gb, per_step, pick_device, resumed_args, run_name, save_checkpoint, standardize,
+    start_logger, step_means, steps_per_second, to_host, wilson_interval,
 )  # fmt: skip
 from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, is_real, memory_plan, pad_prompts
 from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config

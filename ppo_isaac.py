@@ -129,45 +129,17 @@ NETWORK += ("obs_groups", "critic_groups", "hide_obs")
 # heavy imports come after the command line, so --help is instant
 ARGS = tyro.cli(Args) if __name__ == "__main__" else None
 
-import gymnasium as gym
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common import (
-    Ranks,
-    RunLogger,
-    StageTimer,
-    UsageError,
-    check_finite,
-    check_numbers,
-    gae,
-    latest_checkpoint,
-    load_run,
-    merge_moments,
-    peak_memory_gb,
-    pick_device,
-    resumed_args,
-    run_name,
-    save_checkpoint,
-    seeded_generator,
-    start_logger,
-    steps_per_second,
-    to_host,
+    Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, elu, flat_parameter, gae, latest_checkpoint,
+    load_run, merge_moments, normalize_advantages, peak_memory_gb, pick_device, resumed_args, run_name, save_checkpoint,
+    seeded_generator, start_logger, steps_per_second, to_host,
 )  # fmt: skip
-from stock_tasks import (
-    add_camera,
-    flatten,
-    known_task,
-    recall,
-    restore,
-    seeded_generators,
-    snapshot,
-    task_config,
-    task_metrics,
-    to_cpu,
-)
+from stock_tasks import Spaces, VecEnv, add_camera, seeded_generators, settle_task, task_config, task_metrics, to_cpu
 
 
 def resolve(args: Args) -> Args:
@@ -181,21 +153,12 @@ def resolve(args: Args) -> Args:
     args.device = pick_device(args.device)
     if args.evaluate and not args.checkpoint:
         raise UsageError("--evaluate: needs --checkpoint, a folder like runs/<name>/checkpoints/best")
-    saved = {}
-    if args.checkpoint:
-        try:
-            saved = json.loads((Path(args.checkpoint) / "policy.json").read_text())
-            network = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in NETWORK}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"--checkpoint {args.checkpoint}: no policy of this script there ({error!r})") from error
-    args.task = known_task(args.task or saved.get("task", "Isaac-Cartpole-Direct"))
-    if saved and saved["task"] != args.task:
-        raise UsageError(f"--checkpoint {args.checkpoint}: a policy for {saved['task']}, not for --task {args.task}")
+    network = settle_task(args, "Isaac-Cartpole-Direct", NETWORK)
     own = {"num_envs": 4096 if args.device.startswith("cuda") else 512, **DEFAULTS, **TASKS.get(args.task, {})}
     for name, value in own.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, value in (network if saved else {}).items():
+    for name, value in network.items():
         setattr(args, name, value)
     positive = "num_envs iterations save_every keep_checkpoints num_steps epochs minibatches learning_rate target_kl stop_kl"
     positive += " clip max_grad_norm clip_obs clip_rewards clip_actions init_std lstm_size"
@@ -219,107 +182,6 @@ def resolve(args: Args) -> Args:
 
 
 # ======== env =========================================================================================================
-class Spaces(NamedTuple):
-    """What the networks read and write."""
-
-    obs: tuple[int, ...]  # shape of a policy observation
-    critic: tuple[int, ...]  # shape of a critic observation; empty: the critic sees the policy's
-    continuous: int  # dimensions of a Box action, else 0
-    choices: tuple[int, ...]  # number of values of each component of a (Multi)Discrete action
-
-    @property
-    def outputs(self) -> int:
-        return self.continuous or sum(self.choices)
-
-
-class VecEnv:
-    """An Isaac Lab task as plain tensors. Isaac Lab resets inside `step`; its two kinds of tasks are alike here."""
-
-    def __init__(self, args: Args, cfg, ranks: Ranks):
-        self.env = gym.make(args.task, cfg=cfg)
-        self.base, self.ranks, self.args = self.env.unwrapped, ranks, args
-        self.num_envs, self.device, self.horizon = self.base.num_envs, self.base.device, int(self.base.max_episode_length)
-        self.finite, self.final = cfg.is_finite_horizon, None
-        self.running = torch.zeros(2, self.num_envs, device=self.device)  # return and length of the current episodes
-        space = self.base.single_action_space
-        choices = [int(space.n)] if isinstance(space, gym.spaces.Discrete) else [int(n) for n in getattr(space, "nvec", ())]
-        self.bounds = None
-        if not choices:
-            limit = args.clip_actions or math.inf
-            low, high = (torch.as_tensor(np.ravel(b), device=self.device).clamp(-limit, limit) for b in (space.low, space.high))
-            self.bounds = (low, high) if torch.isfinite(torch.cat([low, high])).any() else None
-        self.idle = torch.zeros(self.num_envs, len(choices) or math.prod(space.shape), device=self.device)
-        self.idle = self.idle.long() if choices else self.idle
-        obs, critic = self.restart(args.seed, stagger=False)
-        separate = tuple(critic.shape[1:]) if critic is not obs else ()
-        self.spaces = Spaces(tuple(obs.shape[1:]), separate, 0 if choices else math.prod(space.shape), tuple(choices))
-
-    def read(self, groups: dict) -> tuple[Tensor, Tensor]:
-        """Policy and critic observations (N, d), (N, dc) of Isaac Lab's observation groups; one tensor if they agree."""
-        obs = flatten([groups[name] for name in self.args.obs_groups])
-        if self.args.hide_obs:
-            kept = [i for i in range(obs.shape[1]) if i not in self.args.hide_obs]
-            if not kept or not 0 <= min(self.args.hide_obs) <= max(self.args.hide_obs) < obs.shape[1]:
-                raise UsageError(f"--hide-obs {' '.join(map(str, self.args.hide_obs))}: columns are 0 to {obs.shape[1] - 1}")
-            obs = obs[:, kept]
-        own = self.args.critic_groups or (("critic",) if "critic" in groups else ())
-        return obs, flatten([groups[name] for name in own]) if own else obs
-
-    def restart(self, seed: int, steps: int = 0, stagger: bool = True, saved: dict | None = None) -> tuple[Tensor, Tensor]:
-        """Starts one episode everywhere, or goes on from a saved state; the rest depends on arguments and actions alone.
-
-        Args:
-            seed: of starts and randomisation; each rank makes its own of it.
-            steps: environment steps so far, for the task's curriculum.
-            stagger: episodes have random ages, so that they do not time out together.
-            saved: "task" (a snapshot) and "running" to go on from; one step is then taken and left out, see `done`.
-        """
-        self.base.common_step_counter = steps
-        own = int(np.random.SeedSequence((seed, steps, self.ranks.rank)).generate_state(1)[0])
-        self.running.zero_()
-        if saved is None:  # sensors keep what they saw until a step is made: the same one always
-            self.env.reset(seed=own)
-            self.step(self.idle)
-            groups, _ = self.env.reset(seed=own)
-            if stagger:
-                self.base.episode_length_buf.random_(0, self.horizon)
-            obs, critic = self.read(groups)
-        else:
-            recall(self.base, saved["task"]["memory"])  # for the curriculum, which runs at resets
-            self.env.reset(seed=own)
-            restore(self.base, saved["task"])
-            self.running.copy_(saved["running"])
-            obs, critic, _, terminated, truncated, _ = self.step(self.idle)
-            self.done = terminated | truncated
-            self.running *= ~self.done
-        self.base.extras["log"] = {}  # of the episodes before
-        return obs, critic
-
-    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Executes (N, C) actions: numbers, which are clipped here and nowhere else, or indices.
-
-        Returns:
-            policy and critic observation of the next step, reward, terminated, truncated (N,), and the critic
-            observations from before the resets, valid where an episode ended (None: nowhere).
-        """
-        action = action.clamp(*self.bounds) if self.bounds else action
-        groups, reward, terminated, truncated, extras = self.env.step(action)
-        if self.finite:
-            terminated, truncated = terminated | truncated, torch.zeros_like(truncated)
-        final, new = None, extras.get("final_obs")
-        if new is not self.final:  # it stays in extras; a new object means that an episode has just ended
-            self.final, final = new, self.read(new)[1]
-        return *self.read(groups), reward, terminated, truncated, final
-
-    def finished(self, rewards: Tensor, done: Tensor) -> Tensor:
-        """(3,): summed return and length of the episodes that ended within a rollout (T, N), and their number."""
-        ending = done.flip(0).cummax(0).values.flip(0)  # (T, N) whether the step belongs to an episode that ended
-        both = torch.stack([rewards, torch.ones_like(rewards)])  # (2, T, N)
-        sums = (both * ending).sum((1, 2)) + (self.running * ending[0]).sum(1)
-        self.running = self.running * ~ending[0] + (both * ~ending).sum(1)
-        return torch.cat([sums, done.sum()[None]])
-
-
 @contextlib.contextmanager
 def make_env(args: Args, cfg, run_dir: Path, ranks: Ranks):
     """Starts the simulator and yields a VecEnv; what the simulator prints goes to a file."""
@@ -361,30 +223,13 @@ class RunningNorm(nn.Module):
         self.scale.copy_(1 / ((self.moments[2] / self.moments[0]).sqrt() + 0.01))
 
 
-class ELU(torch.autograd.Function):
-    """torch's own takes expm1, which on CPUs is 3 (AVX2) to 36 (AVX-512) times slower than exp."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        y = torch.maximum(x, x.clamp(max=0).exp_().sub_(1))
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return y.clamp(max=0).add_(1).mul_(grad)
-
-
 class Activation(nn.Module):
     def __init__(self, name: str):
         super().__init__()
-        self.name = name
+        self.function = elu if name == "elu" else getattr(torch.nn.functional, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.name == "elu" and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return ELU.apply(x)
-        return getattr(torch.nn.functional, self.name)(x)
+        return self.function(x)
 
 
 class Network(nn.Module):
@@ -558,8 +403,7 @@ class Storage:
     def carry(self, env: VecEnv) -> dict:
         """What `begin` goes on from."""
         states = dict(zip("ac", self.states)) if self.states else {}
-        own = {"running": env.running, "starts": self.starts[-1], "returns": self.returns, "states": states}
-        return {"task": snapshot(env.base)} | to_cpu(own)
+        return env.state() | to_cpu({"starts": self.starts[-1], "returns": self.returns, "states": states})
 
 
 @torch.no_grad()
@@ -698,7 +542,7 @@ def update(policy: ActorCritic, optimizer, batch: Batch, plan: list, args: Args,
         for k, (obs, critic, rest) in enumerate(zip(all_obs, all_critic, all_rest)):
             size = parts[k][1]
             if args.normalize_advantages:
-                normalize(rest[..., ADVANTAGE], size, ranks)
+                normalize_advantages(rest[..., ADVANTAGE], size, ranks)
             loss, sums, ratio = ppo_loss(policy, batch, obs, critic, rest, size, args, own[k] if args.recurrent else None)
             flat.grad.zero_()
             loss.backward()
@@ -717,27 +561,6 @@ def update(policy: ActorCritic, optimizer, batch: Batch, plan: list, args: Args,
             epoch_kl = ranks.reduce(torch.stack(figures[-len(parts) :])[:, 4].mean())
             stopped = torch.maximum(stopped, (epoch_kl > args.stop_kl).float())
     return torch.cat([torch.stack(figures).mean(0), torch.stack([torch.stack(norms).max(), first])])
-
-
-def normalize(advantage: Tensor, size: int, ranks: Ranks) -> None:
-    """To mean 0 and std 1 over a minibatch of `size` on all ranks, in place."""
-    if ranks.world == 1:
-        var, mean = torch.var_mean(advantage, correction=0)
-    else:
-        mean, square = ranks.reduce(torch.stack([advantage.sum(), advantage.square().sum()])) / size
-        var = (square - mean.square()).clamp(min=0)
-    advantage.sub_(mean).div_(var.sqrt_().add_(1e-8))
-
-
-def flat_parameter(module: nn.Module) -> nn.Parameter:
-    """All parameters of a module side by side; they and their gradients become views: one small step instead of many."""
-    parameters = sorted(module.parameters(), key=lambda p: -p.numel())  # small ones last, for the others' alignment
-    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    flat.grad = torch.zeros_like(flat)
-    nn.utils.vector_to_parameters(flat.data, parameters)
-    for p, grad in zip(parameters, flat.grad.split([p.numel() for p in parameters])):
-        p.grad = grad.view_as(p)
-    return flat
 
 
 def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks: Ranks, state: dict | None) -> None:

@@ -111,33 +111,17 @@ STACK, SIZE = 4, 84  # frames that the network sees, and their height and width
 # heavy imports come after the command line, so --help is instant
 ARGS = tyro.cli(Args) if __name__ == "__main__" else None
 
-import gymnasium as gym
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common import (
-    Ranks,
-    RunLogger,
-    StageTimer,
-    UsageError,
-    check_finite,
-    check_numbers,
-    gae,
-    latest_checkpoint,
-    load_run,
-    peak_memory_gb,
-    pick_device,
-    resumed_args,
-    run_name,
-    save_checkpoint,
-    seeded_generator,
-    start_logger,
-    steps_per_second,
-    to_host,
+    Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, flat_parameter, gae, latest_checkpoint, load_run,
+    normalize_advantages, peak_memory_gb, pick_device, resumed_args, run_name, save_checkpoint, seeded_generator,
+    start_logger, steps_per_second, to_host,
 )  # fmt: skip
-from stock_tasks import known_task, restore, seeded_generators, snapshot, task_config, task_metrics, to_cpu
+from stock_tasks import Spaces, VecEnv, restore, seeded_generators, settle_task, task_config, task_metrics, to_cpu
 
 
 def resolve(args: Args) -> Args:
@@ -151,21 +135,12 @@ def resolve(args: Args) -> Args:
     args.device = pick_device(args.device)
     if args.evaluate and not args.checkpoint:
         raise UsageError("--evaluate: needs --checkpoint, a folder like runs/<name>/checkpoints/best")
-    saved = {}
-    if args.checkpoint:
-        try:
-            saved = json.loads((Path(args.checkpoint) / "policy.json").read_text())
-            network = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in NETWORK}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"--checkpoint {args.checkpoint}: no policy of this script there ({error!r})") from error
-    args.task = known_task(args.task or saved.get("task", "Isaac-Cartpole-Camera-Direct"))
-    if saved and saved["task"] != args.task:
-        raise UsageError(f"--checkpoint {args.checkpoint}: a policy for {saved['task']}, not for --task {args.task}")
+    network = settle_task(args, "Isaac-Cartpole-Camera-Direct", NETWORK)
     own = {"num_envs": 512 if args.device.startswith("cuda") else 64, **DEFAULTS, **TASKS.get(args.task, {})}
     for name, value in own.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, value in (network if saved else {}).items():
+    for name, value in network.items():
         setattr(args, name, value)
     positive = "num_envs iterations save_every keep_checkpoints num_steps epochs minibatches learning_rate target_kl stop_kl"
     positive += " clip max_grad_norm clip_actions init_std frame_skip"
@@ -185,48 +160,18 @@ def resolve(args: Args) -> Args:
 
 
 # ======== env =========================================================================================================
-# Copied from ppo_isaac.py:Spaces
-class Spaces(NamedTuple):
-    """What the networks read and write."""
-
-    obs: tuple[int, ...]  # shape of a policy observation
-    critic: tuple[int, ...]  # shape of a critic observation; empty: the critic sees the policy's
-    continuous: int  # dimensions of a Box action, else 0
-    choices: tuple[int, ...]  # number of values of each component of a (Multi)Discrete action
-
-    @property
-    def outputs(self) -> int:
-        return self.continuous or sum(self.choices)
-
-
-class VecEnv:
-    """An Isaac Lab task as plain tensors, observed through its camera. Isaac Lab resets inside `step`.
+class CameraEnv(VecEnv):
+    """An Isaac Lab task as plain tensors, observed through its camera.
 
     The camera's bytes take the place of the task's own observation, which has each image's mean subtracted (so grey levels
     depend on what else is in view), stacks a frame twice where another environment's episode ends, and costs more
     than rendering does. A direct task's `_get_observations` changes nothing, so it can be left out.
     """
 
-    def __init__(self, args: Args, cfg, ranks: Ranks):
-        self.env = gym.make(args.task, cfg=cfg)
-        self.base, self.ranks, self.args = self.env.unwrapped, ranks, args
-        self.num_envs, self.device, self.horizon = self.base.num_envs, self.base.device, int(self.base.max_episode_length)
-        self.finite, self.final = cfg.is_finite_horizon, None
-        self.running = torch.zeros(2, self.num_envs, device=self.device)  # return and length of the current episodes
-        space = self.base.single_action_space
-        choices = [int(space.n)] if isinstance(space, gym.spaces.Discrete) else [int(n) for n in getattr(space, "nvec", ())]
-        self.bounds = None
-        if not choices:
-            limit = args.clip_actions or math.inf
-            low, high = (torch.as_tensor(np.ravel(b), device=self.device).clamp(-limit, limit) for b in (space.low, space.high))
-            self.bounds = (low, high) if torch.isfinite(torch.cat([low, high])).any() else None
-        self.idle = torch.zeros(self.num_envs, len(choices) or math.prod(space.shape), device=self.device)
-        self.idle = self.idle.long() if choices else self.idle
-        name, self.kind = colour_camera(args.task, cfg)
+    def prepare(self, cfg) -> None:
+        name, self.kind = colour_camera(self.args.task, cfg)
         self.camera, self.hidden, self.base._get_observations = self.base.scene.sensors[name], False, self.look
         self.noops = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)  # zero actions still to come
-        obs = self.restart(args.seed, stagger=False)
-        self.spaces = Spaces(tuple(obs.shape[1:]), (), 0 if choices else math.prod(space.shape), tuple(choices))
 
     def image(self) -> Tensor:
         """What the camera sees, (N, H, W, 3) uint8."""
@@ -238,15 +183,8 @@ class VecEnv:
             return {}
         return {"policy": grey(self.image())}
 
-    def restart(self, seed: int, steps: int = 0, stagger: bool = True, saved: dict | None = None) -> Tensor:
-        """Starts one episode everywhere, or goes on from a saved state; the rest depends on arguments and actions alone.
-
-        Args:
-            seed: of starts and randomisation; each rank makes its own of it.
-            steps: environment steps so far, for the task's curriculum.
-            stagger: episodes have random ages, so that they do not time out together.
-            saved: what `state` returned; one step is then taken and left out.
-        """
+    def restart(self, seed: int, steps: int = 0, stagger: bool = True, saved: dict | None = None) -> tuple[Tensor, Tensor]:
+        """As in `VecEnv`; policy and critic observation are the same stacked frames."""
         self.base.common_step_counter = steps
         groups, _ = self.env.reset(seed=int(np.random.SeedSequence((seed, steps, self.ranks.rank)).generate_state(1)[0]))
         self.running.zero_()
@@ -261,11 +199,11 @@ class VecEnv:
         elif stagger:
             self.base.episode_length_buf.random_(0, self.horizon)
         self.base.extras["log"] = {}  # of the episodes before
-        return self.stack
+        return self.stack, self.stack
 
     def state(self) -> dict:
         """What `restart` goes on from."""
-        return {"task": snapshot(self.base)} | to_cpu({"running": self.running, "stack": self.stack, "noops": self.noops})
+        return super().state() | to_cpu({"stack": self.stack, "noops": self.noops})
 
     def draw_noops(self) -> Tensor:
         """(N,) how many steps a new episode ignores the policy: part of the task, so all samples are on-policy."""
@@ -305,15 +243,6 @@ class VecEnv:
             self.noops = torch.where(starts, self.draw_noops(), self.noops)
         return self.stack, total, terminated, truncated, final
 
-    # Copied from ppo_isaac.py:VecEnv.finished
-    def finished(self, rewards: Tensor, done: Tensor) -> Tensor:
-        """(3,): summed return and length of the episodes that ended within a rollout (T, N), and their number."""
-        ending = done.flip(0).cummax(0).values.flip(0)  # (T, N) whether the step belongs to an episode that ended
-        both = torch.stack([rewards, torch.ones_like(rewards)])  # (2, T, N)
-        sums = (both * ending).sum((1, 2)) + (self.running * ending[0]).sum(1)
-        self.running = self.running * ~ending[0] + (both * ~ending).sum(1)
-        return torch.cat([sums, done.sum()[None]])
-
 
 def colour_camera(task: str, cfg) -> tuple[str, str]:
     """Name and data type of the first camera in colour of a task.
@@ -346,7 +275,7 @@ def covered(size: int) -> Tensor:
 
 @contextlib.contextmanager
 def make_env(args: Args, cfg, run_dir: Path, ranks: Ranks):
-    """Starts the simulator and yields a VecEnv; what the simulator prints goes to a file."""
+    """Starts the simulator and yields a CameraEnv; what the simulator prints goes to a file."""
     run_dir.mkdir(parents=True, exist_ok=True)  # ranks other than 0 may be here first
     log = open(run_dir / f"simulator{ranks.rank or ''}.log", "a")
     with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
@@ -357,7 +286,7 @@ def make_env(args: Args, cfg, run_dir: Path, ranks: Ranks):
         simulation = contextlib.ExitStack()
         simulation.enter_context(launch_simulation(cfg, launcher))
         with seeded_generators(args.seed):
-            env = VecEnv(args, cfg, ranks)
+            env = CameraEnv(args, cfg, ranks)
     with simulation:
         yield env
         env.env.close()
@@ -485,7 +414,7 @@ class Batch(NamedTuple):
 class Storage:
     """Buffers of a rollout, and what goes over from one rollout to the next."""
 
-    def __init__(self, args: Args, env: VecEnv):
+    def __init__(self, args: Args, env: CameraEnv):
         T, N, spaces = args.num_steps, env.num_envs, env.spaces
         zeros = functools.partial(torch.zeros, device=args.device)
         self.frames = zeros(T + STACK, N, SIZE, SIZE, dtype=torch.uint8)
@@ -495,13 +424,13 @@ class Storage:
         self.reward, self.value = zeros(T, N), zeros(T, N)
         self.terminated, self.truncated = zeros(T, N, dtype=torch.bool), zeros(T, N, dtype=torch.bool)
 
-    def begin(self, env: VecEnv, args: Args, iteration: int, carried: dict | None) -> None:
+    def begin(self, env: CameraEnv, args: Args, iteration: int, carried: dict | None) -> None:
         """Starts the environments, or goes on where a checkpoint left them: a run and its continuation do so alike."""
         env.restart(args.seed, iteration * args.num_steps, args.stagger, carried)
 
 
 @torch.no_grad()
-def rollout(env: VecEnv, policy: ActorCritic, store: Storage, args: Args, iteration: int, ranks: Ranks, timer) -> None:
+def rollout(env: CameraEnv, policy: ActorCritic, store: Storage, args: Args, iteration: int, ranks: Ranks, timer) -> None:
     """T steps everywhere, across episodes, into `store`."""
     with timer("policy"):
         obs = env.stack
@@ -520,7 +449,7 @@ def rollout(env: VecEnv, policy: ActorCritic, store: Storage, args: Args, iterat
 
 
 @torch.no_grad()
-def make_batch(env: VecEnv, policy: ActorCritic, store: Storage, args: Args, ranks: Ranks) -> Batch:
+def make_batch(env: CameraEnv, policy: ActorCritic, store: Storage, args: Args, ranks: Ranks) -> Batch:
     """Log-probabilities and advantages of a rollout, all steps at once."""
     T, N = store.reward.shape
     done = store.terminated | store.truncated
@@ -603,7 +532,7 @@ def update(policy: ActorCritic, optimizer, batch: Batch, plan: list, args: Args,
         for index, size in parts:
             rest = batch.rest[index]
             if args.normalize_advantages:
-                normalize(rest[..., ADVANTAGE], size, ranks)
+                normalize_advantages(rest[..., ADVANTAGE], size, ranks)
             loss, sums, ratio = ppo_loss(policy, batch, batch.obs(index), rest, size, args)
             flat.grad.zero_()
             loss.backward()
@@ -624,30 +553,7 @@ def update(policy: ActorCritic, optimizer, batch: Batch, plan: list, args: Args,
     return torch.cat([torch.stack(figures).mean(0), torch.stack([torch.stack(norms).max(), first])])
 
 
-# Copied from ppo_isaac.py:normalize
-def normalize(advantage: Tensor, size: int, ranks: Ranks) -> None:
-    """To mean 0 and std 1 over a minibatch of `size` on all ranks, in place."""
-    if ranks.world == 1:
-        var, mean = torch.var_mean(advantage, correction=0)
-    else:
-        mean, square = ranks.reduce(torch.stack([advantage.sum(), advantage.square().sum()])) / size
-        var = (square - mean.square()).clamp(min=0)
-    advantage.sub_(mean).div_(var.sqrt_().add_(1e-8))
-
-
-# Copied from ppo_isaac.py:flat_parameter
-def flat_parameter(module: nn.Module) -> nn.Parameter:
-    """All parameters of a module side by side; they and their gradients become views: one small step instead of many."""
-    parameters = sorted(module.parameters(), key=lambda p: -p.numel())  # small ones last, for the others' alignment
-    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    flat.grad = torch.zeros_like(flat)
-    nn.utils.vector_to_parameters(flat.data, parameters)
-    for p, grad in zip(parameters, flat.grad.split([p.numel() for p in parameters])):
-        p.grad = grad.view_as(p)
-    return flat
-
-
-def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks: Ranks, state: dict | None) -> None:
+def train(args: Args, env: CameraEnv, policy: ActorCritic, logger: RunLogger, ranks: Ranks, state: dict | None) -> None:
     """The whole run: iterate, evaluate, summarise."""
     rate = torch.tensor(args.learning_rate, device=args.device)  # on the device, where the adaptive schedule changes it
     optimizer, store = torch.optim.Adam([flat_parameter(policy)], rate, eps=1e-5, fused=True), Storage(args, env)
@@ -742,7 +648,7 @@ def describe_iteration(batch: Batch, policy: ActorCritic, rate: Tensor, figures:
 
 # ======== evaluate ====================================================================================================
 @torch.no_grad()
-def evaluate(args: Args, env: VecEnv, policy: ActorCritic, ranks: Ranks, frames: list | None = None) -> dict[str, float]:
+def evaluate(args: Args, env: CameraEnv, policy: ActorCritic, ranks: Ranks, frames: list | None = None) -> dict[str, float]:
     """Return of the deterministic policy in the first episode of each environment, from fixed starts.
 
     Args:
@@ -751,7 +657,7 @@ def evaluate(args: Args, env: VecEnv, policy: ActorCritic, ranks: Ranks, frames:
     Returns:
         mean, std (over episodes), length, episodes.
     """
-    obs = env.restart(args.eval_seed, stagger=False)
+    obs, _ = env.restart(args.eval_seed, stagger=False)
     count = max(1, min(args.eval_episodes, args.num_envs) // ranks.world)
     alive = torch.arange(env.num_envs, device=obs.device) < count  # (N,)
     sums = torch.zeros(2, env.num_envs, device=obs.device)  # (2, N) return, length
@@ -774,7 +680,7 @@ def show(result: dict[str, float]) -> str:
     return "return {mean:.2f} +- {std:.2f} over {episodes} episodes of {length:.0f} steps".format(**result)
 
 
-def record(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger) -> None:
+def record(args: Args, env: CameraEnv, policy: ActorCritic, logger: RunLogger) -> None:
     """Films the deterministic policy."""
     frames: list[Tensor] = []
     evaluate(args, env, policy, Ranks(0, 1), frames)

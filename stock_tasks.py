@@ -10,15 +10,19 @@ import contextlib
 import difflib
 import importlib.util
 import io
+import json
+import math
 import re
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import gymnasium as gym
 import numpy as np
 import torch
+from torch import Tensor
 
-from common import UsageError
+from common import Ranks, UsageError
 
 # names of older Isaac Lab releases; a trailing -v0 is dropped anyway
 ALIASES = {
@@ -45,6 +49,33 @@ def known_task(name: str) -> str:
         near = difflib.get_close_matches(name, tasks, 3, 0.0)
         raise UsageError(f"--task {name}: Isaac Lab has no such task; nearest: {', '.join(near)}")
     return name
+
+
+def settle_task(args: Any, default: str, kept: tuple[str, ...]) -> dict[str, Any]:
+    """Sets args.task: as asked for, as the checkpoint's, or the default.
+
+    Args:
+        args: task and checkpoint, a folder that a policy was saved to.
+        default: a task.
+        kept: names of arguments that the checkpoint's network depends on.
+
+    Returns:
+        Their values, none without a checkpoint.
+
+    Raises:
+        UsageError: no such task, no checkpoint there, or one of another task.
+    """
+    saved, found = {"task": default}, {}
+    if args.checkpoint:
+        try:
+            saved = json.loads((Path(args.checkpoint) / "policy.json").read_text())
+            found = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in ("task", *kept)}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"--checkpoint {args.checkpoint}: no policy of this script there ({error!r})") from error
+    args.task = known_task(args.task or saved["task"])
+    if args.checkpoint and found.pop("task") != args.task:
+        raise UsageError(f"--checkpoint {args.checkpoint}: a policy for {saved['task']}, not for --task {args.task}")
+    return found
 
 
 def task_config(
@@ -150,6 +181,129 @@ def check_override(override: str, cfg: Any, plain: Any) -> None:
         raise UsageError(f"--overrides {override}: {'.'.join(path)} is a number, as {plain}")
 
 
+class Spaces(NamedTuple):
+    """What the networks read and write."""
+
+    obs: tuple[int, ...]  # shape of a policy observation
+    critic: tuple[int, ...]  # shape of a critic observation; empty: the critic sees the policy's
+    continuous: int  # dimensions of a Box action, else 0
+    choices: tuple[int, ...]  # number of values of each component of a (Multi)Discrete action
+
+    @property
+    def outputs(self) -> int:
+        return self.continuous or sum(self.choices)
+
+
+class VecEnv:
+    """An Isaac Lab task as plain tensors. Isaac Lab resets inside `step`; its two kinds of tasks are alike here.
+
+    Attributes:
+        running: (2, N) return and length of the current episodes.
+        done: (N,) which episodes ended in the step that `restart` left out.
+    """
+
+    def __init__(self, args: Any, cfg: Any, ranks: Ranks):
+        """
+        Args:
+            args: a script's; read are task, seed, clip_actions, obs_groups, critic_groups and hide_obs.
+            cfg: Isaac Lab's configuration of the task.
+            ranks: this process and its siblings.
+        """
+        self.env = gym.make(args.task, cfg=cfg)
+        self.base, self.ranks, self.args = self.env.unwrapped, ranks, args
+        self.num_envs, self.device, self.horizon = self.base.num_envs, self.base.device, int(self.base.max_episode_length)
+        self.finite, self.final = cfg.is_finite_horizon, None
+        self.running = torch.zeros(2, self.num_envs, device=self.device)
+        space = self.base.single_action_space
+        choices = [int(space.n)] if isinstance(space, gym.spaces.Discrete) else [int(n) for n in getattr(space, "nvec", ())]
+        self.bounds = None
+        if not choices:
+            limit = args.clip_actions or math.inf
+            low, high = (torch.as_tensor(np.ravel(b), device=self.device).clamp(-limit, limit) for b in (space.low, space.high))
+            self.bounds = (low, high) if torch.isfinite(torch.cat([low, high])).any() else None
+        self.idle = torch.zeros(self.num_envs, len(choices) or math.prod(space.shape), device=self.device)
+        self.idle = self.idle.long() if choices else self.idle
+        self.prepare(cfg)
+        obs, critic = self.restart(args.seed, stagger=False)
+        separate = tuple(critic.shape[1:]) if critic is not obs else ()
+        self.spaces = Spaces(tuple(obs.shape[1:]), separate, 0 if choices else math.prod(space.shape), tuple(choices))
+
+    def prepare(self, cfg: Any) -> None:
+        """For a variant with attributes of its own; the simulator runs, nothing was reset yet."""
+
+    def read(self, groups: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Policy and critic observations (N, d), (N, dc) of Isaac Lab's observation groups; one tensor if they agree."""
+        obs = flatten([groups[name] for name in self.args.obs_groups])
+        if self.args.hide_obs:
+            kept = [i for i in range(obs.shape[1]) if i not in self.args.hide_obs]
+            if not kept or not 0 <= min(self.args.hide_obs) <= max(self.args.hide_obs) < obs.shape[1]:
+                raise UsageError(f"--hide-obs {' '.join(map(str, self.args.hide_obs))}: columns are 0 to {obs.shape[1] - 1}")
+            obs = obs[:, kept]
+        own = self.args.critic_groups or (("critic",) if "critic" in groups else ())
+        return obs, flatten([groups[name] for name in own]) if own else obs
+
+    def restart(self, seed: int, steps: int = 0, stagger: bool = True, saved: dict | None = None) -> tuple[Tensor, Tensor]:
+        """Starts one episode everywhere, or goes on from a saved state; the rest depends on arguments and actions alone.
+
+        Args:
+            seed: of starts and randomisation; each rank makes its own of it.
+            steps: environment steps so far, for the task's curriculum.
+            stagger: episodes have random ages, so that they do not time out together.
+            saved: what `state` returned; one step is then taken and left out, see `done`.
+
+        Returns:
+            policy and critic observations.
+        """
+        self.base.common_step_counter = steps
+        own = int(np.random.SeedSequence((seed, steps, self.ranks.rank)).generate_state(1)[0])
+        self.running.zero_()
+        if saved is None:  # sensors keep what they saw until a step is made: the same one always
+            self.env.reset(seed=own)
+            self.step(self.idle)
+            groups, _ = self.env.reset(seed=own)
+            if stagger:
+                self.base.episode_length_buf.random_(0, self.horizon)
+            obs, critic = self.read(groups)
+        else:
+            recall(self.base, saved["task"]["memory"])  # for the curriculum, which runs at resets
+            self.env.reset(seed=own)
+            restore(self.base, saved["task"])
+            self.running.copy_(saved["running"])
+            obs, critic, _, terminated, truncated, _ = self.step(self.idle)
+            self.done = terminated | truncated
+            self.running *= ~self.done
+        self.base.extras["log"] = {}  # of the episodes before
+        return obs, critic
+
+    def state(self) -> dict[str, Any]:
+        """What `restart` goes on from."""
+        return {"task": snapshot(self.base), "running": self.running.cpu().clone()}
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Executes (N, C) actions: numbers, which are clipped here and nowhere else, or indices.
+
+        Returns:
+            policy and critic observation of the next step, reward, terminated, truncated (N,), and the critic
+            observations from before the resets, valid where an episode ended (None: nowhere).
+        """
+        action = action.clamp(*self.bounds) if self.bounds else action
+        groups, reward, terminated, truncated, extras = self.env.step(action)
+        if self.finite:
+            terminated, truncated = terminated | truncated, torch.zeros_like(truncated)
+        final, new = None, extras.get("final_obs")
+        if new is not self.final:  # it stays in extras; a new object means that an episode has just ended
+            self.final, final = new, self.read(new)[1]
+        return *self.read(groups), reward, terminated, truncated, final
+
+    def finished(self, rewards: Tensor, done: Tensor) -> Tensor:
+        """(3,): summed return and length of the episodes that ended within a rollout (T, N), and their number."""
+        ending = done.flip(0).cummax(0).values.flip(0)  # (T, N) whether the step belongs to an episode that ended
+        both = torch.stack([rewards, torch.ones_like(rewards)])  # (2, T, N)
+        sums = (both * ending).sum((1, 2)) + (self.running * ending[0]).sum(1)
+        self.running = self.running * ~ending[0] + (both * ~ending).sum(1)
+        return torch.cat([sums, done.sum()[None]])
+
+
 @contextlib.contextmanager
 def seeded_generators(seed: int):
     """Meanwhile, numpy generators that are made without a seed get this one.
@@ -183,7 +337,7 @@ def task_memory(env: Any) -> dict[str, tuple[Any, str]]:
                 owners |= {f".{name}": term} | {f".{name}.{key}": x for key, x in own}
         for path, owner in owners.items():
             for attribute, value in vars(owner).items():
-                if isinstance(value, torch.Tensor | bool | int | float):
+                if isinstance(value, Tensor | bool | int | float):
                     places[f"{kind}{path}.{attribute}"] = (owner, attribute)
     return places
 
@@ -192,10 +346,10 @@ def recall(env: Any, memory: dict[str, Any]) -> None:
     """Puts back what `task_memory` finds."""
     for name, (owner, attribute) in task_memory(env).items():
         value, old = memory[name], getattr(owner, attribute)
-        if isinstance(value, torch.Tensor) and old.shape == value.shape and old.is_contiguous():
+        if isinstance(value, Tensor) and old.shape == value.shape and old.is_contiguous():
             old.copy_(value)  # others may hold it, too
         else:
-            setattr(owner, attribute, value.to(env.device, copy=True) if isinstance(value, torch.Tensor) else value)
+            setattr(owner, attribute, value.to(env.device, copy=True) if isinstance(value, Tensor) else value)
 
 
 def snapshot(env: Any) -> dict[str, Any]:
@@ -224,10 +378,10 @@ def to_cpu(tree: Any) -> Any:
     """A copy of all tensors in nested dicts."""
     if isinstance(tree, dict):
         return {name: to_cpu(value) for name, value in tree.items()}
-    return tree.detach().to("cpu", copy=True) if isinstance(tree, torch.Tensor) else tree
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, Tensor) else tree
 
 
-def flatten(group: Any) -> torch.Tensor:
+def flatten(group: Any) -> Tensor:
     """(N, d) from an observation group: a tensor, or terms in a dict or a tuple."""
     if isinstance(group, dict | tuple | list):
         return torch.cat([flatten(term) for term in (group.values() if isinstance(group, dict) else group)], 1)

@@ -22,17 +22,15 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn.utils import parameters_to_vector
 
 import ppo_isaac
-from common import Ranks, StageTimer
+import stock_tasks
+from common import Ranks, StageTimer, flat_parameter
 from ppo_isaac import (
     ActorCritic,
     Args,
     RunningNorm,
-    Spaces,
     Storage,
     UsageError,
-    VecEnv,
     describe_iteration,
-    flat_parameter,
     make_batch,
     plan_minibatches,
     ppo_loss,
@@ -40,6 +38,7 @@ from ppo_isaac import (
     rollout,
     update,
 )
+from stock_tasks import Spaces, VecEnv
 
 torch.set_num_threads(1)
 ALONE = Ranks(0, 1)
@@ -88,7 +87,7 @@ class Points:
 def no_simulator(monkeypatch):
     """`gym.make` gives the task that is handed over as configuration; any name is that of a task."""
     monkeypatch.setattr(gym, "make", lambda task, cfg: cfg.points)
-    monkeypatch.setattr(ppo_isaac, "known_task", lambda name: name)
+    monkeypatch.setattr(stock_tasks, "known_task", lambda name: name)
 
 
 def arguments(**overrides) -> Args:
@@ -279,7 +278,7 @@ def trained(monkeypatch, **overrides) -> tuple[Run, list[dict], list[dict]]:
 
     monkeypatch.setattr(ppo_isaac, "update", spy)
     monkeypatch.setattr(ppo_isaac, "save_checkpoint", lambda *args: None)
-    monkeypatch.setattr(ppo_isaac, "snapshot", lambda env: {})
+    monkeypatch.setattr(stock_tasks, "snapshot", lambda env: {})
     ppo_isaac.train(run.args, run.env, run.policy, log, ALONE, None)
     return run, log.rows, seen
 

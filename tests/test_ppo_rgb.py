@@ -20,17 +20,16 @@ import torch
 from torch import Tensor
 
 import ppo_isaac_rgb
-from common import Ranks, StageTimer
+import stock_tasks
+from common import Ranks, StageTimer, flat_parameter
 from ppo_isaac_rgb import (
     ActorCritic,
     Args,
+    CameraEnv,
     Network,
-    Spaces,
     Storage,
     UsageError,
-    VecEnv,
     colour_camera,
-    flat_parameter,
     grey,
     make_batch,
     make_env,
@@ -40,7 +39,7 @@ from ppo_isaac_rgb import (
     rollout,
     update,
 )
-from stock_tasks import task_config
+from stock_tasks import Spaces, task_config
 from tests import assets, warm
 
 torch.set_num_threads(1)
@@ -107,7 +106,7 @@ class Film:
 def film(monkeypatch):
     """`gym.make` gives the task that is handed over as configuration; any name is that of a task."""
     monkeypatch.setattr(gym, "make", lambda task, cfg: cfg.film)
-    monkeypatch.setattr(ppo_isaac_rgb, "known_task", lambda name: name)
+    monkeypatch.setattr(stock_tasks, "known_task", lambda name: name)
 
 
 def scene(*kinds: str) -> SimpleNamespace:
@@ -119,7 +118,7 @@ def make(space: gym.Space = BOX, finite: bool = False, **overrides):
     made = {key: overrides.pop(key) for key in ("length",) if key in overrides}
     wanted = {"num_envs": N, "num_steps": T, "minibatches": 2, "epochs": 2, "stagger": False, **overrides}
     args = resolve(Args(task="Film", device="cpu", exp_name="test", **wanted))
-    env = VecEnv(args, SimpleNamespace(is_finite_horizon=finite, film=Film(space, **made), scene=scene("rgba")), ALONE)
+    env = CameraEnv(args, SimpleNamespace(is_finite_horizon=finite, film=Film(space, **made), scene=scene("rgba")), ALONE)
     torch.manual_seed(args.seed)
     policy, store = ActorCritic(env.spaces, args), Storage(args, env)
     with torch.no_grad():
@@ -405,7 +404,7 @@ def test_the_camera_shows_the_present_and_the_last_moment_before_a_reset(tmp_pat
             env.camera.update(0.0, force_recompute=True)
             return grey(env.image())
 
-        started = env.restart(5).clone()
+        started = env.restart(5)[0].clone()
         assert env.image().shape == (4, 96, 96, 3) and env.image().dtype == torch.uint8
         assert all(len(frame.unique()) > 3 for frame in started[:, 0])  # something is in view
         assert torch.equal(started, rendered()[:, None].expand(4, 4, 84, 84))
