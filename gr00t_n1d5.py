@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3Model, SiglipVisionConfig, SiglipVisionModel
 
 # Rows of the category-specific layers. (RLinf puts its "new_embodiment" at 10, not at 31.)
@@ -291,6 +292,29 @@ class Backbone(nn.Module):
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return self.language_model.norm(x)
 
+    def to_fp8(self) -> None:
+        """Computes the linear layers of all blocks in float8 from now on, which they have to be frozen for.
+
+        The first call measures what that changes: `fp8_error` is then the norm of the features' difference over theirs.
+        """
+        rounding = []
+        for name, module in list(self.named_modules()):
+            if ".layers." in name and type(module) is nn.Linear and not any(n % 16 for n in module.weight.shape):
+                rounding.append(Fp8Linear(module))
+                self.set_submodule(name, rounding[-1])
+
+        def measure(module: nn.Module, inputs: tuple, found: Tensor) -> None:
+            handle.remove()
+            for layer in rounding:
+                layer.exact = True
+            with torch.no_grad():
+                expected = self(*inputs)
+            for layer in rounding:
+                layer.exact = False
+            self.fp8_error = (found - expected).float().norm() / expected.float().norm()
+
+        handle = self.register_forward_hook(measure)
+
     def _apply(self, fn, recurse=True):
         # .to(bfloat16) would round the rotary frequencies, and leaving the meta device would leave them uninitialised.
         super()._apply(fn, recurse)
@@ -304,6 +328,50 @@ class Backbone(nn.Module):
             for name, buffer in type(rotary)(rotary.config, device).named_buffers():
                 setattr(rotary, name, buffer)
             embeddings.position_ids = torch.arange(embeddings.num_positions).expand(1, -1)
+
+
+class Fp8Linear(nn.Module):
+    """A frozen linear layer with both factors in float8 (e4m3) and one scale per row: of the weight once, of x each time.
+
+    The weight stays beside it, under its name, for checkpoints. Without a GPU the product is that of the same float8
+    numbers, in fp32: right in value, not in speed.
+    """
+
+    LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias, self.exact = linear.weight, linear.bias, False
+        rounded, scale = self.quantize(linear.weight.detach())
+        self.register_buffer("rounded", rounded, persistent=False)  # (N, K) e4m3
+        self.register_buffer("scale", scale.t().contiguous(), persistent=False)  # (1, N)
+
+    @classmethod
+    def quantize(cls, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, K) -> e4m3 (M, K) and the scales (M, 1) to multiply it with."""
+        scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / cls.LARGEST
+        return (x.float() / scale).clamp(-cls.LARGEST, cls.LARGEST).to(torch.float8_e4m3fn), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.exact:
+            return F.linear(x, self.weight, self.bias)
+        rows, scale = self.quantize(x.reshape(-1, x.shape[-1]))
+        if x.is_cuda:  # scales per row come with bf16 outputs alone
+            y = torch._scaled_mm(rows, self.rounded.t(), scale, self.scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+        else:
+            y = (rows.float() @ self.rounded.float().t()) * scale * self.scale
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1]) if x.dim() > 1 else y[0].to(x.dtype)
+
+
+def recompute(block: nn.Module) -> None:
+    """Activation checkpointing of a block, where gradients are wanted: rollouts keep nothing, and can be captured."""
+    plain = block.forward
+
+    def forward(*inputs):
+        return checkpoint(plain, *inputs, use_reentrant=False) if torch.is_grad_enabled() else plain(*inputs)
+
+    block.forward = forward
 
 
 def is_real(lengths: Tensor, length: int) -> Tensor:
@@ -789,7 +857,7 @@ def memory_plan(args, policy: nn.Module, samples: int, steps: int, views: int, l
         """Bytes on the training device, by what takes them."""
         kept = images if through or cache == "off" else 0 if cache == "cpu" and not on_cpu else features
         return {
-            "weights": sum(p.nbytes for p in policy.parameters()),
+            "weights": sum(x.nbytes for x in (*policy.parameters(), *policy.buffers())),
             "gradients and AdamW": 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad),  # three times fp32
             f"{samples} samples an iteration": samples * (chain + kept),
             "activations": min(micro, samples) * one,

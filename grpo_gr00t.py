@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import copy
 import difflib
-import functools
 import math
 import os
 import re
@@ -69,7 +68,7 @@ class Args:
     wandb_project: str = "gr00t-rl"  # Weights & Biases project
     exp_name: str | None = None  # the run's folder is runs/<exp-name>; made from task, seed and time by default
     capture_video: bool = True  # record a group of rollouts before and after
-    compile: bool = False  # torch.compile the transformer blocks
+    compile: bool = False  # torch.compile the transformer blocks; on a GPU, sample actions in CUDA graphs
 
     # algorithm
     group_size: int = 16  # episodes that start from one identical state and instruction
@@ -91,6 +90,7 @@ class Args:
     feature_cache: Literal["gpu", "cpu", "off"] = "gpu"  # where backbone features wait for the update; off: recomputed
     backbone_bf16: bool | None = None  # run the frozen backbone under bfloat16 autocast, and keep its features so
     max_memory_gb: float | None = None  # budget [GB]: micro-batches and the place of features are planned to fit it
+    backbone_fp8: bool = False  # float8 products in the frozen backbone (GPUs from Ada on); prints what it changes
     matmul_precision: Literal["highest", "high"] | None = None  # of fp32 products on a GPU; high: TF32, several times faster
     activation_checkpointing: bool = False  # recompute the blocks' activations in the backward pass: slower, smaller
 
@@ -116,14 +116,13 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from common import (
-    Noise, Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, group_advantages, load_run,
+    CudaGraphs, Noise, Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, group_advantages, load_run,
     peak_memory_gb, per_step, pick_device, resumed_args, run_name, save_checkpoint, start_logger, step_means,
     steps_per_second, to_host, wilson_interval,
 )  # fmt: skip
-from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, memory_plan, pad_prompts
+from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, memory_plan, pad_prompts, recompute
 from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config
 
 
@@ -154,6 +153,8 @@ def resolve(args: Args) -> Args:
         raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {of}")
     if args.noise.startswith("flow-cps") and (args.denoise_steps < 2 or args.noise_level > 1):
         raise UsageError(f"--noise {args.noise}: needs --denoise-steps of 2 or more and a --noise-level of at most 1")
+    if args.backbone_fp8 and args.device != "cpu" and torch.cuda.get_device_capability(args.device) < (8, 9):
+        raise UsageError("--backbone-fp8: this GPU has no float8 products (those from Ada on have); leave it out")
     args.capture_video &= bool(TASKS[args.task].cameras)
     args.exp_name = run_name(args, "grpo_gr00t")
     return args
@@ -366,9 +367,12 @@ class Gr00tActor(nn.Module):
         self.register_buffer("lengths", lengths.to(head_device), persistent=False)
         self.padded = args.pad_prompt is not None  # the head sees the padding, as RLinf's does
         self.mixed = not self.padded and len(set(lengths.tolist())) > 1  # it does not
+        self.sampler = CudaGraphs(self.sample) if args.compile and head_device.type == "cuda" else self.sample
+        if args.backbone_fp8:
+            self.net.backbone.to_fp8()
         if args.activation_checkpointing:
             for block in self.blocks():
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                recompute(block)
         for name, block in self.named_modules() if args.compile else ():
             if re.fullmatch(r"(net|base_head)\..*\.(layers|transformer_blocks)\.\d+", name):
                 block.compile()  # equal blocks share one compilation
@@ -418,14 +422,18 @@ class Gr00tActor(nn.Module):
             rows = slice(i, i + self.micro_batch_size)
             part = Observation(*(x if x is None else x[rows] for x in obs))
             part = part._replace(features=self.features(part))
-            context, chain = self.encode(self.net.action_head, part), None
-            if explore:
-                x, chain = self.denoise(context, start[rows], drawn[rows], eps[rows])
-            else:
-                x = self.net.action_head.sample(context, self.embodiment(len(part.state)), start[rows], self.steps)
+            chosen = (drawn[rows], eps[rows]) if explore else (None, None)
+            x, chain = self.sampler(part._replace(images=None), start[rows], *chosen)
             parts.append(PolicyOutput(self.processor.unnormalize_action(x)[:, : self.chunk], part.features, chain))
         chain = Chain(*(torch.cat(x) for x in zip(*(p.chain for p in parts)))) if explore else None
         return PolicyOutput(*(torch.cat(x) for x in list(zip(*parts))[:2]), chain)
+
+    def sample(self, obs: Observation, start: Tensor, drawn: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Chain | None]:
+        """Actions (N, H, A), normalised: by the ODE, or given drawn steps and their noise as `denoise` does."""
+        context = self.encode(self.net.action_head, obs)
+        if drawn is None:
+            return self.net.action_head.sample(context, self.embodiment(len(start)), start, self.steps), None
+        return self.denoise(context, start, drawn, eps)
 
     def encode(self, head: nn.Module, obs: Observation):
         """What the denoising steps need of an observation."""
@@ -521,7 +529,7 @@ class Batch:
             host = name == "features" and self.cache == "cpu"
             place = {"device": "cpu" if host else x.device, "pin_memory": host and x.is_cuda}
             self.flat[name] = torch.empty(self.chunks * len(x), *x.shape[1:], dtype=x.dtype, **place)  # (T N, ...)
-        self.flat[name][self.rows : self.rows + len(x)] = x
+        self.flat[name][self.rows : self.rows + len(x)].copy_(x, non_blocking=True)  # to the host beside the next steps
 
     def finish(self, valid: Tensor, success: Tensor, args: Args) -> Batch:
         """Adds advantages and weights, from which chunks were valid (T, N) and which episodes succeeded (N,)."""
@@ -703,6 +711,8 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
             del batch  # before there is another
         first = iteration == 0
         check_finite(metrics, iteration, logger, TOLERANCE[args.matmul_precision] if first else math.inf)
+        if args.backbone_fp8 and iteration == 0:
+            logger.event(f"float8 backbone: features differ by {float(policy.net.backbone.fp8_error):.2%} of their norm")
         seconds = timer.seconds()
         run["iteration"] = iteration + 1
         run["stages"] = {name: value + run["stages"].get(name, 0.0) for name, value in seconds.items()}

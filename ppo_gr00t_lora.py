@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import functools
 import itertools
 import math
 import os
@@ -68,7 +67,7 @@ class Args:
     wandb_project: str = "gr00t-rl"  # Weights & Biases project
     exp_name: str | None = None  # the run's folder is runs/<exp-name>; made from task, seed and time by default
     capture_video: bool = True  # record a group of rollouts before and after
-    compile: bool = False  # torch.compile the transformer blocks
+    compile: bool = False  # torch.compile the transformer blocks; on a GPU, sample actions in CUDA graphs
 
     # algorithm
     reward: Literal["sparse", "dense"] = "sparse"  # sparse: 1 at success, which ends an attempt; dense: the task's own
@@ -110,6 +109,7 @@ class Args:
     feature_cache: Literal["gpu", "cpu", "off"] = "gpu"  # where backbone features wait for the update; off: recomputed
     backbone_bf16: bool | None = None  # run the frozen backbone under bfloat16 autocast, and keep its features so
     max_memory_gb: float | None = None  # budget [GB]: micro-batches and the place of features are planned to fit it
+    backbone_fp8: bool = False  # float8 products in the frozen backbone (GPUs from Ada on); prints what it changes
     matmul_precision: Literal["highest", "high"] | None = None  # of fp32 products on a GPU; high: TF32, several times faster
     activation_checkpointing: bool = False  # recompute the blocks' activations in the backward pass: slower, smaller
 
@@ -149,14 +149,13 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from common import (
-    Noise, Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, explained_variance, gae, load_run,
+    CudaGraphs, Noise, Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, explained_variance, gae, load_run,
     merge_moments, peak_memory_gb, per_step, pick_device, resumed_args, run_name, save_checkpoint, standardize,
     start_logger, step_means, steps_per_second, to_host, wilson_interval,
 )  # fmt: skip
-from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, is_real, memory_plan, pad_prompts
+from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, is_real, memory_plan, pad_prompts, recompute
 from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config
 
 
@@ -190,11 +189,15 @@ def resolve(args: Args) -> Args:
     if args.critic_obs == "privileged" and not TASKS[args.task].privileged:
         raise UsageError(f"--critic-obs privileged: {args.task} has no observation group for it; use features")
     parse_schedule(args)
+    if args.backbone_fp8 and {"llm-attention", "vision-attention"} & set(args.lora_targets):
+        raise UsageError("--backbone-fp8: is for a frozen backbone; leave it out, or llm-attention and vision-attention")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.num_envs % world:
         raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {world} ranks")
     if args.noise.startswith("flow-cps") and (args.denoise_steps < 2 or args.noise_level > 1):
         raise UsageError(f"--noise {args.noise}: needs --denoise-steps of 2 or more and a --noise-level of at most 1")
+    if args.backbone_fp8 and args.device != "cpu" and torch.cuda.get_device_capability(args.device) < (8, 9):
+        raise UsageError("--backbone-fp8: this GPU has no float8 products (those from Ada on have); leave it out")
     args.capture_video &= bool(TASKS[args.task].cameras)
     args.exp_name = run_name(args, "ppo_gr00t_lora")
     return args
@@ -490,9 +493,12 @@ class Gr00tActorCritic(nn.Module):
                 self.load_adapter(Path(args.adapter))
             except Exception as error:  # safetensors and torch have many kinds
                 raise UsageError(f"--adapter {args.adapter}: does not fit ({' '.join(str(error).split())})") from error
+        self.sampler = CudaGraphs(self.sample) if args.compile and head_device.type == "cuda" else self.sample
+        if args.backbone_fp8:
+            self.net.backbone.to_fp8()
         if args.activation_checkpointing:
             for block in self.blocks():
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                recompute(block)
         for name, block in self.named_modules() if args.compile else ():
             if re.fullmatch(r"(net|base_head)\..*\.(layers|transformer_blocks)\.\d+", name):
                 block.compile()  # equal blocks share one compilation
@@ -582,14 +588,19 @@ class Gr00tActorCritic(nn.Module):
             rows = slice(i, i + self.micro_batch_size)
             part = Observation(*(x if x is None else x[rows] for x in obs))
             part = part._replace(features=self.features(part))
-            context, chain = self.encode(self.net.action_head, part), None
-            if explore:
-                x, chain = self.denoise(context, start[rows], drawn[rows], eps[rows])
-            else:
-                x = self.net.action_head.sample(context, self.embodiment(len(part.state)), start[rows], self.steps)
+            chosen = (drawn[rows], eps[rows]) if explore else (None, None)
+            x, chain = self.sampler(part._replace(images=None), start[rows], *chosen)
             parts.append(PolicyOutput(self.processor.unnormalize_action(x)[:, : self.chunk], part.features, chain))
         chain = Chain(*(torch.cat(x) for x in zip(*(p.chain for p in parts)))) if explore else None
         return PolicyOutput(*(torch.cat(x) for x in list(zip(*parts))[:2]), chain)
+
+    # Copied from grpo_gr00t.py:Gr00tActor.sample
+    def sample(self, obs: Observation, start: Tensor, drawn: Tensor | None, eps: Tensor | None) -> tuple[Tensor, Chain | None]:
+        """Actions (N, H, A), normalised: by the ODE, or given drawn steps and their noise as `denoise` does."""
+        context = self.encode(self.net.action_head, obs)
+        if drawn is None:
+            return self.net.action_head.sample(context, self.embodiment(len(start)), start, self.steps), None
+        return self.denoise(context, start, drawn, eps)
 
     # Copied from grpo_gr00t.py:Gr00tActor.encode
     def encode(self, head: nn.Module, obs: Observation):
@@ -737,7 +748,7 @@ class Batch:
             host = name == "features" and self.cache == "cpu"
             place = {"device": "cpu" if host else x.device, "pin_memory": host and x.is_cuda}
             self.flat[name] = torch.empty(self.chunks * len(x), *x.shape[1:], dtype=x.dtype, **place)  # (T N, ...)
-        self.flat[name][self.rows : self.rows + len(x)] = x
+        self.flat[name][self.rows : self.rows + len(x)].copy_(x, non_blocking=True)  # to the host beside the next steps
 
     # Copied from ppo_gr00t_frozen.py:Batch.finish
     def finish(self, steps: list[tuple], last_value: Tensor, successes: list[Tensor], args: Args, chunk: int) -> Batch:
@@ -1010,6 +1021,8 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
             del batch  # before there is another
         first = moving and iteration == run["begun"][schedule[0].name] and not args.lora_dropout
         check_finite(metrics, iteration, logger, TOLERANCE[args.matmul_precision] if first else math.inf)
+        if args.backbone_fp8 and iteration == 0:
+            logger.event(f"float8 backbone: features differ by {float(policy.net.backbone.fp8_error):.2%} of their norm")
         watch(run, metrics, iteration)
         seconds = timer.seconds()
         run["iteration"] = iteration + 1

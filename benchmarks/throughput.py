@@ -104,7 +104,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baseline_path import Straightforward
-from common import Ranks, StageTimer, UsageError, _provenance, atomic_write_text, check_numbers, peak_memory_gb, pick_device
+from common import (
+    CudaGraphs,
+    Ranks,
+    StageTimer,
+    UsageError,
+    _provenance,
+    atomic_write_text,
+    check_numbers,
+    peak_memory_gb,
+    pick_device,
+)
 from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, activation_bytes, tiny_tokenizer
 
 ALONE = Ranks(0, 1)
@@ -192,67 +202,12 @@ def reference(net: Gr00tN1d5, processor: Gr00tProcessor, inputs: Inputs, rows: i
 
 
 # ======== levers ======================================================================================================
-class Fp8Linear(nn.Module):
-    """A frozen linear layer with both factors in float8 (e4m3) and one scale per row: of the weight once, of x each time.
-
-    Without a GPU the product is that of the same float8 numbers, in fp32: right in value, not in speed.
-    """
-
-    LARGEST = torch.finfo(torch.float8_e4m3fn).max
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight, scale = self.quantize(linear.weight.detach())
-        self.register_buffer("weight", weight)  # (N, K) e4m3
-        self.register_buffer("scale", scale.t().contiguous())  # (1, N)
-        self.bias = linear.bias
-
-    @classmethod
-    def quantize(cls, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(M, K) -> e4m3 (M, K) and the scales (M, 1) to multiply it with."""
-        scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / cls.LARGEST
-        return (x.float() / scale).clamp(-cls.LARGEST, cls.LARGEST).to(torch.float8_e4m3fn), scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, scale = self.quantize(x.flatten(0, -2))
-        if x.is_cuda:
-            y = torch._scaled_mm(
-                rows, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=x.dtype, use_fast_accum=True
-            )
-        else:
-            y = (rows.float() @ self.weight.float().t()) * scale * self.scale
-            y = (y if self.bias is None else y + self.bias.float()).to(x.dtype)
-        return y.unflatten(0, x.shape[:-1])
-
-
-class Graphed:
-    """A function of CUDA tensors with fixed shapes, captured once and replayed. Its output is overwritten by the next call."""
-
-    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor):
-        self.inputs = [x.clone() for x in inputs]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # compiles and picks kernels, which a capture must not
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = function(*self.inputs)
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        for own, new in zip(self.inputs, inputs):
-            own.copy_(new)
-        self.graph.replay()
-        return self.output
-
-
 class Policy(Straightforward):
     """The straightforward path with levers pulled one after the other, for one batch size."""
 
     def __init__(self, net: Gr00tN1d5, processor: Gr00tProcessor, input_ids: Tensor, dtype: torch.dtype, backend: str):
         super().__init__(net, processor, input_ids, autocast=dtype == torch.bfloat16)
-        self.backend, self.pulled, self.graph = backend, set(), None
+        self.backend, self.pulled, self.graph = backend, set(), CudaGraphs(self.plain_actions)
         torch._dynamo.reset()  # another batch size would count as a recompilation
 
     def obstacle(self, lever: str) -> str:
@@ -276,7 +231,7 @@ class Policy(Straightforward):
 
     def pull(self, lever: str) -> None:
         self.pulled.add(lever)
-        self.graph = None
+        self.graph = CudaGraphs(self.plain_actions)
         if lever == "bf16-weights":
             self.autocast = False
         elif lever == "one-embodiment":
@@ -286,11 +241,7 @@ class Policy(Straightforward):
             for block in self.blocks():  # equal blocks share one compilation; the whole network would take minutes
                 block.compile(backend=self.backend, dynamic=False)
         elif lever == "fp8":
-            for block in self.backbone_blocks():
-                for name, module in list(block.named_modules()):
-                    if isinstance(module, nn.Linear):
-                        parent, _, leaf = name.rpartition(".")
-                        setattr(block.get_submodule(parent), leaf, Fp8Linear(module))
+            self.net.backbone.to_fp8()
 
     def drop(self, lever: str) -> None:
         """Goes on without a lever that failed, where that can be undone."""
@@ -299,7 +250,7 @@ class Policy(Straightforward):
                 block._compiled_call_impl = None
         if lever in ("compile", "cuda-graph", "no-lm-head", "kv-once", "device-inputs"):
             self.pulled.discard(lever)
-        self.graph = None
+        self.graph = CudaGraphs(self.plain_actions)
 
     def pixels(self, images: Tensor) -> Tensor:
         return self.processor.images(images) if "device-inputs" in self.pulled else super().pixels(images)
@@ -311,11 +262,8 @@ class Policy(Straightforward):
         return self.net.backbone(self.input_ids, pixels) if "no-lm-head" in self.pulled else super().features(pixels)
 
     def actions(self, features: Tensor, state: Tensor, noise: Tensor) -> Tensor:
-        if "cuda-graph" not in self.pulled:
-            return self.plain_actions(features, state, noise)
-        if self.graph is None:
-            self.graph = Graphed(self.plain_actions, features, state, noise)
-        return self.graph(features, state, noise)
+        call = self.graph if "cuda-graph" in self.pulled else self.plain_actions
+        return call(features, state, noise)
 
     def plain_actions(self, features: Tensor, state: Tensor, noise: Tensor) -> Tensor:
         if "kv-once" not in self.pulled:

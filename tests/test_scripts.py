@@ -90,7 +90,7 @@ def test_help_is_instant_and_complete(script, tmp_path):
 def test_every_field_is_read(script):
     """As args.<name>, or by a getattr over a list of names; checking it before the run alone does not count."""
     tree = tree_of(script)
-    modules = ("common", "gr00t_n1d5", "gr00t_tasks")
+    modules = ("common", "gr00t_n1d5", "gr00t_tasks", "stock_tasks")
     imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module in modules]
     shared = [copies.find(tree_of(f"{node.module}.py"), alias.name) for node in imports for alias in node.names]
     found: set[str] = set()
