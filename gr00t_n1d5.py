@@ -368,8 +368,10 @@ def recompute(block: nn.Module) -> None:
     """Activation checkpointing of a block, where gradients are wanted: rollouts keep nothing, and can be captured."""
     plain = block.forward
 
-    def forward(*inputs):
-        return checkpoint(plain, *inputs, use_reentrant=False) if torch.is_grad_enabled() else plain(*inputs)
+    def forward(*inputs, **named):
+        if not torch.is_grad_enabled():
+            return plain(*inputs, **named)
+        return checkpoint(plain, *inputs, use_reentrant=False, **named)
 
     block.forward = forward
 

@@ -22,7 +22,6 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import functools
 import importlib
 import math
 import os
@@ -89,7 +88,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
 
 from common import Noise, Ranks, RunLogger, UsageError, check_numbers, pick_device, run_name, wilson_interval
 from gr00t_n1d5 import (
@@ -100,6 +98,7 @@ from gr00t_n1d5 import (
     is_full_size,
     load_tokenizer,
     pad_prompts,
+    recompute,
     tiny_tokenizer,
 )
 from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config
@@ -268,7 +267,7 @@ class Gr00tPolicy(nn.Module):
         if args.activation_checkpointing:
             own = [*backbone.language_model.layers, *backbone.vision_model.encoder.layers] if args.tune == "all" else []
             for block in [*head.model.transformer_blocks, *head.vl_self_attention.transformer_blocks, *own]:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                recompute(block)
         try:
             prompts = [processor.prompt(text, len(TASKS[args.task].cameras)) for text in instructions]
             prompts, lengths = pad_prompts(prompts)  # (P, L), (P,)

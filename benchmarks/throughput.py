@@ -124,6 +124,7 @@ WORDS = [f"word{i}" for i in range(TEXT)]
 STATE, ACTION = {"state": 5}, {"action": 4}  # sizes of the embedded task
 # dense rates of one H200 [TFLOP/s], to predict with: bf16 measured on one (8192^3), the others from NVIDIA's data sheet
 RATES = {"bf16": 790.0, "tf32": 494.0, "fp32": 67.0}
+FP8_RATE = 1979.0  # of the backbone with float8 products, where a lever or --backbone-fp8 asks for them
 
 
 def resolve(args: Args) -> Args:
@@ -650,7 +651,9 @@ def predict_cost(config: Gr00tConfig, views: int) -> dict:
         call = 1e3 / (backbone / RATES["bf16"] + head / rate)
         kept, again = (found["update"] + found["base"]) / rate, backbone / RATES["bf16"]
         own = {"observations_per_s": call, "samples_per_s": 1e3 / kept, "cache_gain": (kept + again) / kept}
-        bound[precision] = own | {"env_steps_per_s": call * config.action_horizon}
+        fp8 = 1e3 / (backbone / FP8_RATE + head / rate)
+        steps = {"env_steps_per_s": call * config.action_horizon, "env_steps_per_s_fp8": fp8 * config.action_horizon}
+        bound[precision] = own | steps
     shipped = 1e3 * RATES["bf16"] / found["shipped"]
     return {"gflop": found, "bound": bound, "shipped_observations_per_s": shipped}
 
@@ -792,6 +795,7 @@ def table(about: dict, rows: list[dict]) -> str:
                 "as shipped, obs/s": figure("shipped_observations_per_s"),
                 f"obs/s, head in {rate}": bounds("observations_per_s"),
                 "env steps/s": bounds("env_steps_per_s"),
+                f"env steps/s, backbone in fp8 ({FP8_RATE:g})": bounds("env_steps_per_s_fp8"),
                 "update samples/s, cached": bounds("samples_per_s"),
                 "gain of the cache": bounds("cache_gain"),
             },

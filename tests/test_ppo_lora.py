@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import socket
 from pathlib import Path
@@ -261,7 +260,7 @@ def test_checkpointed_activations_give_the_same_gradient(tiny_checkpoint):
         policy.zero_grad()
         ppo_loss(policy, batch, torch.arange(32), args, False)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable()]))
-        wrapped = [isinstance(block.forward, functools.partial) for block in policy.blocks()]
+        wrapped = ["forward" in vars(block) for block in policy.blocks()]  # instead of the class's
         config = policy.net.config
         assert wrapped == [on] * (config.dit_layers + config.vl_layers + config.text_layers + config.vision_layers)
     assert gradients[0].norm() > 0 and (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
