@@ -979,17 +979,25 @@ def pick_device(device: str) -> str:
     return device
 
 
-def check_numbers(args: Any, positive: str, not_negative: str) -> None:
-    """Refuses numbers out of range, of the fields named in two strings; None passes.
+def check_numbers(args: Any, positive: str, not_negative: str, shares: str = "") -> None:
+    """Refuses numbers out of range, of the fields that the strings name; None passes.
+
+    Args:
+        shares: numbers from 0 to 1.
 
     Raises:
         UsageError: names the flag.
     """
-    for names, low in ((positive, "greater than 0"), (not_negative, "0 or more")):
+    ranges = (
+        (positive, lambda x: 0 < x < math.inf, "greater than 0, and finite"),
+        (not_negative, lambda x: 0 <= x < math.inf, "0 or more, and finite"),
+        (shares, lambda x: 0 <= x <= 1, "from 0 to 1"),
+    )
+    for names, fits, words in ranges:
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and not (math.isfinite(value) and (value > 0 if low == "greater than 0" else value >= 0)):
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be {low}, and finite")
+            if value is not None and not fits(value):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be {words}")
 
 
 def run_name(args: Any, stem: str) -> str:

@@ -16,15 +16,16 @@ and values; lerobot 0.4.4's port (Apache-2.0), whose outputs are in tests/golden
 2504.15271 (Eagle 2.5), 2210.02747 (flow matching).
 """
 
+import functools
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -366,14 +367,13 @@ class Fp8Linear(nn.Module):
 
 def recompute(block: nn.Module) -> None:
     """Activation checkpointing of a block, where gradients are wanted: rollouts keep nothing, and can be captured."""
-    plain = block.forward
+    block.forward = functools.partial(_recomputed, block.forward)  # no closure: a copied block would call the old one
 
-    def forward(*inputs, **named):
-        if not torch.is_grad_enabled():
-            return plain(*inputs, **named)
-        return checkpoint(plain, *inputs, use_reentrant=False, **named)
 
-    block.forward = forward
+def _recomputed(plain: Callable, *inputs: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return plain(*inputs, **named)
+    return checkpoint(plain, *inputs, use_reentrant=False, **named)
 
 
 def is_real(lengths: Tensor, length: int) -> Tensor:
@@ -842,7 +842,8 @@ def memory_plan(args, policy: nn.Module, samples: int, steps: int, views: int, l
     `policy` are set so, and a GPU gives no more than that. Without one, what a rollout keeps has to fit what is free.
 
     Args:
-        args: device, feature_cache, backbone_bf16, activation_checkpointing, micro_batch_size, max_memory_gb.
+        args: device, feature_cache, backbone_bf16, activation_checkpointing, micro_batch_size, max_memory_gb,
+            compile.
         policy: with a Gr00tN1d5 as `net`.
         samples, steps: policy calls kept for an update, with so many denoising steps each.
         views, length: cameras and prompt tokens.
@@ -853,6 +854,7 @@ def memory_plan(args, policy: nn.Module, samples: int, steps: int, views: int, l
     chain = 8 * steps * config.action_horizon * config.action_dim
     images, features = 3 * views * config.image_size**2, length * config.text_hidden_size * element
     one = activation_bytes(config, length, views, through, args.activation_checkpointing)
+    graph = 4 * length * (config.dit_layers * config.dit_dim + 4 * config.text_hidden_size)  # its own keys, values, features
     on_cpu, budget = args.device == "cpu", args.max_memory_gb
 
     def sizes(cache: str, micro: int) -> dict[str, float]:
@@ -863,7 +865,7 @@ def memory_plan(args, policy: nn.Module, samples: int, steps: int, views: int, l
             "gradients and AdamW": 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad),  # three times fp32
             f"{samples} samples an iteration": samples * (chain + kept),
             "activations": min(micro, samples) * one,
-        }
+        } | ({"captured sampling": min(micro, samples) * graph} if args.compile and not on_cpu else {})
 
     if budget:
         on_host = not on_cpu and samples * features < psutil.virtual_memory().available

@@ -179,11 +179,8 @@ def resolve(args: Args) -> Args:
     positive += " minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk max_memory_gb pad_prompt"
     positive += " rollout_chunks critic_lr critic_epochs value_clip kl_target lora_rank lora_alpha"
     positive += " llm_layers plateau unfreeze_kl"
-    others = "kl_coef lr_warmup lr_hold eval_every eval_episodes seed eval_seed gamma gae_lambda critic_warmup lora_dropout"
-    check_numbers(args, positive, others)
-    for name in ("gamma", "gae_lambda"):
-        if getattr(args, name) > 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at most 1")
+    others = "kl_coef lr_warmup lr_hold eval_every eval_episodes seed eval_seed critic_warmup"
+    check_numbers(args, positive, others, "gamma gae_lambda lora_dropout")
     if args.kl_target and not args.kl_coef:
         raise UsageError(f"--kl-target {args.kl_target}: needs a --kl-coef greater than 0 to begin with")
     if args.critic_obs == "privileged" and not TASKS[args.task].privileged:

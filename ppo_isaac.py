@@ -136,10 +136,12 @@ from torch import Tensor, nn
 
 from common import (
     Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, elu, flat_parameter, gae, latest_checkpoint,
-    load_run, merge_moments, normalize_advantages, peak_memory_gb, pick_device, resumed_args, run_name, save_checkpoint,
-    seeded_generator, start_logger, steps_per_second, to_host,
+    load_run, normalize_advantages, peak_memory_gb, pick_device, resumed_args, run_name, save_checkpoint, seeded_generator,
+    start_logger, steps_per_second, to_host,
 )  # fmt: skip
-from stock_tasks import Spaces, VecEnv, add_camera, seeded_generators, settle_task, task_config, task_metrics, to_cpu
+from stock_tasks import (
+    RunningNorm, Spaces, VecEnv, add_camera, seeded_generators, settle_task, task_config, task_metrics, to_cpu,
+)  # fmt: skip
 
 
 def resolve(args: Args) -> Args:
@@ -162,10 +164,7 @@ def resolve(args: Args) -> Args:
         setattr(args, name, value)
     positive = "num_envs iterations save_every keep_checkpoints num_steps epochs minibatches learning_rate target_kl stop_kl"
     positive += " clip max_grad_norm clip_obs clip_rewards clip_actions init_std lstm_size"
-    check_numbers(args, positive, "entropy_coef value_coef eval_every eval_episodes seed eval_seed gamma gae_lambda")
-    for name in ("gamma", "gae_lambda"):
-        if getattr(args, name) > 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at most 1")
+    check_numbers(args, positive, "entropy_coef value_coef eval_every eval_episodes seed eval_seed", "gamma gae_lambda")
     if min(args.hidden, default=0) < 1:
         raise UsageError(f"--hidden {' '.join(map(str, args.hidden))}: needs at least one size, each of 1 or more")
     if not args.obs_groups:
@@ -204,25 +203,6 @@ def make_env(args: Args, cfg, run_dir: Path, ranks: Ranks):
 
 
 # ======== rollout =====================================================================================================
-class RunningNorm(nn.Module):
-    """Normalises by running mean and std; 0.01 is added to the std, so that a constant column is not blown up."""
-
-    def __init__(self, size: int, clip: float):
-        super().__init__()
-        self.clip = clip
-        self.register_buffer("moments", torch.zeros(3, size, dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(size))
-        self.register_buffer("scale", torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.shift) * self.scale).clamp(-self.clip, self.clip)
-
-    def update(self, rows: Tensor, ranks: Ranks) -> None:
-        self.moments = merge_moments(self.moments, rows, ranks)
-        self.shift.copy_(self.moments[1])
-        self.scale.copy_(1 / ((self.moments[2] / self.moments[0]).sqrt() + 0.01))
-
-
 class Activation(nn.Module):
     def __init__(self, name: str):
         super().__init__()
@@ -652,9 +632,8 @@ def describe_iteration(batch: Batch, policy: ActorCritic, rate: Tensor, figures:
     total, length, episodes = host.pop("finished")
     host = {name: value[0] for name, value in host.items()}
     metrics = {f"update/{name}": host[name] for name in (*names, *extremes)}
-    metrics["update/loss"] = (
-        host["policy_loss"] - args.entropy_coef * host["entropy"] + args.value_coef * host["value_loss"]
-    )
+    others = args.value_coef * host["value_loss"] - args.entropy_coef * host["entropy"]
+    metrics["update/loss"] = host["policy_loss"] + others
     metrics["update/explained_variance"] = 1 - host["residual"] / max(host["variance"], 1e-12)
     metrics |= {"rollout/reward": host["reward"], "rollout/value": host["value"], "rollout/episodes": episodes}
     return metrics | ({"rollout/return": total / episodes, "rollout/length": length / episodes} if episodes else {})

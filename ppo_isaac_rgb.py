@@ -144,10 +144,8 @@ def resolve(args: Args) -> Args:
         setattr(args, name, value)
     positive = "num_envs iterations save_every keep_checkpoints num_steps epochs minibatches learning_rate target_kl stop_kl"
     positive += " clip max_grad_norm clip_actions init_std frame_skip"
-    check_numbers(args, positive, "entropy_coef value_coef eval_every eval_episodes seed eval_seed gamma gae_lambda noop_max")
-    for name in ("gamma", "gae_lambda"):
-        if getattr(args, name) > 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at most 1")
+    others = "entropy_coef value_coef eval_every eval_episodes seed eval_seed noop_max"
+    check_numbers(args, positive, others, "gamma gae_lambda")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.num_envs % world:
         raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {world} ranks")
@@ -638,9 +636,8 @@ def describe_iteration(batch: Batch, policy: ActorCritic, rate: Tensor, figures:
     total, length, episodes = host.pop("finished")
     host = {name: value[0] for name, value in host.items()}
     metrics = {f"update/{name}": host[name] for name in (*names, *extremes)}
-    metrics["update/loss"] = (
-        host["policy_loss"] - args.entropy_coef * host["entropy"] + args.value_coef * host["value_loss"]
-    )
+    others = args.value_coef * host["value_loss"] - args.entropy_coef * host["entropy"]
+    metrics["update/loss"] = host["policy_loss"] + others
     metrics["update/explained_variance"] = 1 - host["residual"] / max(host["variance"], 1e-12)
     metrics |= {"rollout/reward": host["reward"], "rollout/value": host["value"], "rollout/episodes": episodes}
     return metrics | ({"rollout/return": total / episodes, "rollout/length": length / episodes} if episodes else {})

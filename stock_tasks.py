@@ -1,4 +1,4 @@
-"""Isaac Lab's own tasks: their names old and new, what they need without Isaac Sim, and what of them cannot be trained.
+"""Isaac Lab's own tasks for the PPO scripts: names old and new, configuration, and `VecEnv`, a task as plain tensors.
 
 Isaac Lab 3.0 runs most of its tasks on Newton, without Isaac Sim. Assets come from NVIDIA's server, or from the folder in
 ISAACSIM_ASSET_ROOT.
@@ -20,9 +20,9 @@ from unittest import mock
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common import Ranks, UsageError
+from common import Ranks, UsageError, merge_moments
 
 # names of older Isaac Lab releases; a trailing -v0 is dropped anyway
 ALIASES = {
@@ -302,6 +302,25 @@ class VecEnv:
         sums = (both * ending).sum((1, 2)) + (self.running * ending[0]).sum(1)
         self.running = self.running * ~ending[0] + (both * ~ending).sum(1)
         return torch.cat([sums, done.sum()[None]])
+
+
+class RunningNorm(nn.Module):
+    """Normalises by running mean and std; 0.01 is added to the std, so that a constant column is not blown up."""
+
+    def __init__(self, size: int, clip: float):
+        super().__init__()
+        self.clip = clip
+        self.register_buffer("moments", torch.zeros(3, size, dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.shift) * self.scale).clamp(-self.clip, self.clip)
+
+    def update(self, rows: Tensor, ranks: Ranks) -> None:
+        self.moments = merge_moments(self.moments, rows, ranks)
+        self.shift.copy_(self.moments[1])
+        self.scale.copy_(1 / ((self.moments[2] / self.moments[0]).sqrt() + 0.01))
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def main() -> None:
                 for budget in CARDS.values():
                     args = SimpleNamespace(
                         device="cuda", feature_cache="gpu", backbone_bf16=True, activation_checkpointing=False,
-                        micro_batch_size=128, max_memory_gb=budget,
+                        compile=False, micro_batch_size=128, max_memory_gb=budget,
                     )  # fmt: skip
                     _, remedy = memory_plan(args, policy, envs * chunks, 1, views, 19 + 263 * views)
                     cells.append(remedy or f"{args.micro_batch_size} {args.feature_cache}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 
 import pytest
@@ -191,3 +192,12 @@ def test_blocks_are_recomputed_for_gradients_alone():
         if expected == 2:
             assert torch.equal(torch.autograd.grad(y.square().sum(), block.weight)[0], plain)
         assert len(calls) == expected
+
+
+def test_a_copied_block_recomputes_itself():
+    block, x = nn.Linear(4, 4), torch.randn(2, 4)
+    recompute(block)
+    other = copy.deepcopy(block)
+    with torch.no_grad():
+        other.weight.zero_()
+    assert torch.equal(other(x), block.bias.expand(2, 4)) and not torch.equal(block(x), other(x))

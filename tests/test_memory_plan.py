@@ -1,5 +1,6 @@
 """The plan for a memory budget: micro-batches and the place of features, at full size on the meta device."""
 
+import copy
 import re
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ def policy():
 
 def given(budget: float | None, **flags) -> SimpleNamespace:
     plain = {"device": "cuda", "feature_cache": "gpu", "backbone_bf16": True, "activation_checkpointing": False}
+    plain |= {"compile": False}
     return SimpleNamespace(
         **{**plain, "micro_batch_size": 128, "max_memory_gb": budget, **flags}
     )
@@ -76,6 +78,20 @@ def test_larger_where_there_is_more(policy, fraction):
         memory_plan(args, policy, SAMPLES, 1, 1, LENGTH)
         found.setdefault(args.feature_cache, []).append(args.micro_batch_size)
     assert len(found) > 1 and all(sizes == sorted(sizes) for sizes in found.values())
+
+
+def test_captured_sampling_and_float8_weights_are_counted(policy, fraction):
+    """A captured graph holds keys and values of every second of 16 blocks, and features, for one micro-batch."""
+    plain, _ = memory_plan(given(200), policy, SAMPLES, 1, 1, LENGTH)
+    captured, _ = memory_plan(given(200, compile=True), policy, SAMPLES, 1, 1, LENGTH)
+    held = 4 * LENGTH * (8 * 2 * 1536 + 4 * 2048) * 128 / 1e9  # fp32
+    assert "captured" not in plain and f"captured sampling {held:.2f}" in captured
+    assert total(captured) == pytest.approx(total(plain) + held, abs=0.02)
+    layers = [m for name, m in policy.net.backbone.named_modules() if ".layers." in name and isinstance(m, torch.nn.Linear)]
+    rounded = sum(m.weight.numel() + 4 * len(m.weight) for m in layers) / 1e9
+    rounding = copy.deepcopy(policy)
+    rounding.net.backbone.to_fp8()
+    assert total(memory_plan(given(200), rounding, SAMPLES, 1, 1, LENGTH)[0]) == pytest.approx(total(plain) + rounded, abs=0.02)
 
 
 def test_too_small_a_budget_names_the_smallest_that_fits(policy, fraction):

@@ -27,7 +27,6 @@ from common import Ranks, StageTimer, flat_parameter
 from ppo_isaac import (
     ActorCritic,
     Args,
-    RunningNorm,
     Storage,
     UsageError,
     describe_iteration,
@@ -38,7 +37,7 @@ from ppo_isaac import (
     rollout,
     update,
 )
-from stock_tasks import Spaces, VecEnv
+from stock_tasks import RunningNorm, Spaces, VecEnv
 
 torch.set_num_threads(1)
 ALONE = Ranks(0, 1)

@@ -305,7 +305,7 @@ NOT_POSITIVE = (
 ).split()
 NEGATIVE = "kl_coef lr_warmup lr_hold eval_every eval_episodes seed eval_seed weight_decay ema".split()
 NEGATIVE += "entropy_coef value_coef gamma gae_lambda noop_max critic_warmup lora_dropout".split()
-AT_MOST_ONE = "gamma gae_lambda".split()
+AT_MOST_ONE = "gamma gae_lambda lora_dropout".split()
 
 
 SIZES = [*((f, v) for f in NOT_POSITIVE for v in (0, -1)), *((f, -1) for f in NEGATIVE)]
