@@ -1133,6 +1133,29 @@ def steps_per_second(steps: int, seconds: dict[str, float]) -> dict[str, float]:
     return {"env": steps / env, "policy": steps / (env + policy), "train": steps / sum(seconds.values())}
 
 
+def close_iteration(run: dict[str, Any], timer: StageTimer, iteration: int, steps: int) -> dict[str, float]:
+    """Counts an iteration of so many environment steps as done in `run`; returns what it took, for the log."""
+    seconds = timer.seconds()
+    run["iteration"] = iteration + 1
+    run["stages"] = {name: value + run["stages"].get(name, 0.0) for name, value in seconds.items()}
+    speeds = {f"sps/{name}": value for name, value in steps_per_second(steps, seconds).items()}
+    return {"env_steps": (iteration + 1) * steps, **speeds, **{f"time/{name}": value for name, value in seconds.items()}}
+
+
+def run_summary(args: Any, algorithm: str, run: dict[str, Any], steps: int, ranks: Ranks) -> dict[str, Any]:
+    """What every run's summary.json begins with; `steps` are the environment steps of one iteration."""
+    names = ("task", "seed", "iterations", "device", "checkpoint", "num_envs")
+    return {
+        "algorithm": algorithm,
+        **{name: getattr(args, name) for name in names},
+        "world_size": ranks.world,
+        "env_steps": args.iterations * steps,
+        "seconds": run["elapsed"],
+        "peak_memory_gb": peak_memory_gb(args.device),
+        "steps_per_second": steps_per_second(args.iterations * steps, run["stages"]),
+    }
+
+
 # ---------------------------------------------------------------- several processes
 
 

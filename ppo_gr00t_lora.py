@@ -151,9 +151,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common import (
-    CudaGraphs, Noise, Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, explained_variance, gae, load_run,
-    merge_moments, peak_memory_gb, per_step, pick_device, resumed_args, run_name, save_checkpoint, standardize,
-    start_logger, step_means, steps_per_second, to_host, wilson_interval,
+    CudaGraphs, Noise, Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, close_iteration,
+    explained_variance, gae, load_run, merge_moments, peak_memory_gb, per_step, pick_device, resumed_args, run_name,
+    run_summary, save_checkpoint, standardize, start_logger, step_means, to_host, wilson_interval,
 )  # fmt: skip
 from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, is_real, memory_plan, pad_prompts, recompute
 from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config
@@ -1021,17 +1021,12 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
         if args.backbone_fp8 and iteration == 0:
             logger.event(f"float8 backbone: features differ by {float(policy.net.backbone.fp8_error):.2%} of their norm")
         watch(run, metrics, iteration)
-        seconds = timer.seconds()
-        run["iteration"] = iteration + 1
-        run["stages"] = {name: value + run["stages"].get(name, 0.0) for name, value in seconds.items()}
+        metrics |= close_iteration(run, timer, iteration, per_iteration)
         metrics |= {
-            "env_steps": (iteration + 1) * per_iteration,
             "episodes": (iteration + 1) * per_iteration / env.task.horizon,
             "update/learning_rate": optimizer.param_groups[0]["lr"],
             "update/stage": len(run["begun"]) - 1,
             "update/kl_coef": args.kl_coef,
-            **{f"sps/{name}": value for name, value in steps_per_second(per_iteration, seconds).items()},
-            **{f"time/{name}": value for name, value in seconds.items()},
         }
         if args.kl_target and "update/kl_base" in metrics:
             share = metrics["update/kl_base"] / args.kl_target
@@ -1055,26 +1050,18 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
     logger.event(f"peak memory: {peak_memory_gb(args.device):.2f} GB")
     if args.capture_video:
         record(args, env, policy, ranks, logger, "after")
-    logger.summary(
-        {
-            "algorithm": "ppo_lora",
-            "stages_begun": run["begun"],
-            "trainable_parameters": sum(p.numel() for group in own.values() for p in group),
-            **{name: getattr(args, name) for name in ("task", "seed", "iterations", "device", "checkpoint", "num_envs")},
-            "world_size": ranks.world,
-            "env_steps": args.iterations * per_iteration,
-            "episodes": args.iterations * per_iteration / env.task.horizon,
-            "seconds": run["elapsed"],
-            "instructions": env.instructions,
-            "ode_success_before": run["before"],
-            "ode_success_after": after,
-            "sde_success": sde,
-            "kl_to_base": metrics.get("update/kl_base"),
-            "explained_variance": metrics.get("update/explained_variance"),
-            "peak_memory_gb": peak_memory_gb(args.device),
-            "steps_per_second": steps_per_second(args.iterations * per_iteration, run["stages"]),
-        }
-    )
+    about = {
+        "stages_begun": run["begun"],
+        "trainable_parameters": sum(p.numel() for group in own.values() for p in group),
+        "episodes": args.iterations * per_iteration / env.task.horizon,
+        "instructions": env.instructions,
+        "ode_success_before": run["before"],
+        "ode_success_after": after,
+        "sde_success": sde,
+        "kl_to_base": metrics.get("update/kl_base"),
+        "explained_variance": metrics.get("update/explained_variance"),
+    }
+    logger.summary(run_summary(args, "ppo_lora", run, per_iteration, ranks) | about)
 
 
 # Copied from grpo_gr00t.py:check_memory

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import math
 import os
 import sys
@@ -131,16 +130,16 @@ ARGS = tyro.cli(Args) if __name__ == "__main__" else None
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common import (
-    Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, elu, flat_parameter, gae, latest_checkpoint,
-    load_run, normalize_advantages, peak_memory_gb, pick_device, resumed_args, run_name, save_checkpoint, seeded_generator,
-    start_logger, steps_per_second, to_host,
+    Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, close_iteration, elu, flat_parameter, gae,
+    latest_checkpoint, load_run, normalize_advantages, pick_device, resumed_args, run_name, run_summary, save_checkpoint,
+    seeded_generator, start_logger, to_host,
 )  # fmt: skip
 from stock_tasks import (
-    RunningNorm, Spaces, VecEnv, add_camera, seeded_generators, settle_task, task_config, task_metrics, to_cpu,
+    RunningNorm, Spaces, VecEnv, add_camera, load_policy, save_policy, seeded_generators, settle_task, task_config,
+    task_metrics, to_cpu,
 )  # fmt: skip
 
 
@@ -266,10 +265,7 @@ class ActorCritic(nn.Module):
         self.return_norm = RunningNorm(1, math.inf)
 
     def save(self, folder: Path) -> None:
-        """Weights and running statistics as safetensors, and what they are for as JSON."""
-        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, folder / "policy.safetensors")
-        kept = {name: getattr(self.args, name) for name in ("task", *NETWORK)}
-        (folder / "policy.json").write_text(json.dumps(kept | {"spaces": self.spaces._asdict()}, indent=2) + "\n")
+        save_policy(self, folder, self.args, NETWORK, self.spaces)
 
     def autocast(self):
         return torch.autocast(self.log_std.device.type, torch.bfloat16, self.args.mixed_precision)
@@ -574,14 +570,7 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
                     policy.critic_norm.update(store.critic[:-1], ranks)
             metrics = describe_iteration(batch, policy, rate, figures, args, ranks) | task_metrics(env.base)
         check_finite(metrics, iteration, logger, math.inf if iteration else 0.05 if args.mixed_precision else 1e-3)
-        seconds = timer.seconds()
-        run["iteration"] = iteration + 1
-        run["stages"] = {name: value + run["stages"].get(name, 0.0) for name, value in seconds.items()}
-        metrics |= {
-            "env_steps": (iteration + 1) * steps,
-            **{f"sps/{name}": value for name, value in steps_per_second(steps, seconds).items()},
-            **{f"time/{name}": value for name, value in seconds.items()},
-        }
+        metrics |= close_iteration(run, timer, iteration, steps)
         last = iteration + 1 == args.iterations
         save, test = (last or (every > 0 and (iteration + 1) % every == 0) for every in (args.save_every, args.eval_every))
         if save or test:
@@ -605,20 +594,8 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
         logger.event(f"deterministic policy: {show(result)}")
     if args.capture_video:
         record(args, env, policy, logger)
-    logger.summary(
-        {
-            "algorithm": "ppo",
-            **{name: getattr(args, name) for name in ("task", "seed", "iterations", "device", "num_envs")},
-            "world_size": ranks.world,
-            "env_steps": args.iterations * steps,
-            "seconds": run["elapsed"],
-            "return": latest,
-            "eval": result,
-            "assets": os.environ.get("ISAACSIM_ASSET_ROOT", "NVIDIA's"),
-            "peak_memory_gb": peak_memory_gb(args.device),
-            "steps_per_second": steps_per_second(args.iterations * steps, run["stages"]),
-        }
-    )
+    own = {"return": latest, "eval": result, "assets": os.environ.get("ISAACSIM_ASSET_ROOT", "NVIDIA's")}
+    logger.summary(run_summary(args, "ppo", run, steps, ranks) | own)
 
 
 def describe_iteration(batch: Batch, policy: ActorCritic, rate: Tensor, figures: Tensor, args: Args, ranks: Ranks) -> dict:
@@ -705,10 +682,7 @@ def main(args: Args) -> None:
             torch.manual_seed(args.seed)  # of the weights
             policy = ActorCritic(env.spaces, args).to(args.device)
             if folder:
-                try:
-                    policy.load_state_dict(load_file(Path(folder) / "policy.safetensors"))
-                except Exception as error:  # safetensors and torch have many kinds
-                    raise UsageError(f"--checkpoint {folder}: does not fit ({' '.join(str(error).split())})") from error
+                load_policy(policy, folder)
             if args.evaluate:
                 result = evaluate(args, env, policy, ranks)
                 logger.event(f"deterministic policy of {args.checkpoint}: {show(result)}")

@@ -20,6 +20,7 @@ from unittest import mock
 import gymnasium as gym
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common import Ranks, UsageError, merge_moments
@@ -76,6 +77,25 @@ def settle_task(args: Any, default: str, kept: tuple[str, ...]) -> dict[str, Any
     if args.checkpoint and found.pop("task") != args.task:
         raise UsageError(f"--checkpoint {args.checkpoint}: a policy for {saved['task']}, not for --task {args.task}")
     return found
+
+
+def save_policy(policy: nn.Module, folder: Path, args: Any, kept: tuple[str, ...], spaces: Spaces) -> None:
+    """Weights and running statistics as safetensors, and what they are for as JSON: the task and the arguments `kept`."""
+    save_file({name: x.contiguous() for name, x in policy.state_dict().items()}, folder / "policy.safetensors")
+    about = {name: getattr(args, name) for name in ("task", *kept)} | {"spaces": spaces._asdict()}
+    (folder / "policy.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def load_policy(policy: nn.Module, folder: str | Path) -> None:
+    """Takes over weights and statistics that `save_policy` wrote.
+
+    Raises:
+        UsageError: they do not fit, or cannot be read.
+    """
+    try:
+        policy.load_state_dict(load_file(Path(folder) / "policy.safetensors"))
+    except Exception as error:  # safetensors and torch have many kinds
+        raise UsageError(f"--checkpoint {folder}: does not fit ({' '.join(str(error).split())})") from error
 
 
 def task_config(
