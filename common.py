@@ -376,7 +376,7 @@ class CudaGraphs:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL has a thread of its own
             outputs = call()
         self.pool = graph.pool()  # outputs are copied before another graph runs, so all can share their memory
         return graph.replay, outputs

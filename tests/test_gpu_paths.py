@@ -90,6 +90,18 @@ def test_actions_from_captured_sampling_are_the_same(tools, tiny_checkpoint):
                 p.add_(0.02 * torch.randn_like(p))
 
 
+@every_script
+@pytest.mark.parametrize("explore", [False, True])
+def test_micro_batches_do_not_change_the_actions(tools, explore, tiny_checkpoint):
+    """Every row keeps its own noise."""
+    args, policy = tools.make(tiny_checkpoint, micro_batch_size=8)
+    obs, found = observe(tools, args, 8), []
+    for policy.micro_batch_size in (8, 3):
+        found.append(policy.act(obs, Noise("cpu", grpo.ALONE, 1), explore))
+    parts = [(found[0].action, found[1].action), *(zip(found[0].chain, found[1].chain) if explore else ())]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in parts)
+
+
 @on_gpu
 @every_script
 @pytest.mark.parametrize("checkpointing", [False, True])
