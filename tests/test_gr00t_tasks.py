@@ -295,6 +295,14 @@ def test_images_are_not_observed_and_cameras_look_as_asked():
     assert task_config(arguments("RLinf-Stack-Cube"), 2, 100).scene.wrist_cam.width == 256
 
 
+def test_the_lift_row_has_one_shape_for_all_members_of_a_group(monkeypatch):
+    """The task itself spawns another shape in each environment."""
+    row = TASKS["Isaac-Lift-Franka"]
+    assert type(task_config(arguments("Isaac-Lift-Franka"), 2, 64).scene.object.spawn).__name__ == "CuboidCfg"
+    monkeypatch.setitem(TASKS, "Isaac-Lift-Franka", dataclasses.replace(row, overrides=()))
+    assert type(task_config(arguments("Isaac-Lift-Franka"), 2, 64).scene.object.spawn).__name__ == "MultiAssetSpawnerCfg"
+
+
 def test_columns_are_compared_with_the_row():
     env = SimpleNamespace(
         observation_manager=SimpleNamespace(group_obs_dim={"policy": (9,), "critic": (39,)}),
