@@ -662,6 +662,8 @@ def record(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger) -> N
 # ======== main ========================================================================================================
 def main(args: Args) -> None:
     asked, args = args.task, resolve(args)
+    if args.device == "cpu" and max(args.hidden) <= 64 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # several wait for each other: slower beside other work, no faster alone
     ranks = Ranks.start(args.device)
     args.exp_name = ranks.broadcast(args.exp_name)
     run_dir = Path(args.resume or Path("runs") / args.exp_name)

@@ -742,6 +742,23 @@ def test_a_saved_policy_gives_the_same_outputs(kind, tmp_path):
     assert torch.equal(outputs(fresh), outputs(run.policy))
 
 
+@pytest.mark.parametrize("hidden, given, expected", [((64, 8), None, 1), ((65, 8), None, 2), ((64, 8), "2", 2)])
+def test_small_networks_use_one_thread_unless_told_otherwise(hidden, given, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(ppo_isaac, "task_config", lambda *args: None)
+    monkeypatch.setattr(ppo_isaac, "make_env", lambda *args: contextlib.nullcontext(Run(0).env))
+    monkeypatch.setattr(ppo_isaac, "train", lambda *args: None)
+    torch.set_num_threads(2)
+    try:
+        ppo_isaac.main(Args(task="Points", device="cpu", track=False, hidden=hidden))
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("damage", [False, True])
 def test_weights_that_do_not_fit_are_refused(damage, tmp_path, monkeypatch):
     """Those of another task's spaces, or cut short."""
