@@ -835,7 +835,7 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
         first = iteration == args.critic_warmup
         check_finite(metrics, iteration, logger, TOLERANCE[args.matmul_precision] if first else math.inf)
         if args.backbone_fp8 and iteration == 0:
-            logger.event(f"float8 backbone: features differ by {float(policy.net.backbone.fp8_error):.2%} of their norm")
+            logger.event(policy.net.backbone.fp8_report())
         metrics |= close_iteration(run, timer, iteration, per_iteration)
         metrics |= {
             "episodes": (iteration + 1) * per_iteration / env.task.horizon,
@@ -955,6 +955,8 @@ def main(args: Args) -> None:
         try:
             if args.evaluate:
                 result = evaluate(args, env, policy, ranks)
+                if args.backbone_fp8 and result:
+                    logger.event(policy.net.backbone.fp8_report())
                 logger.event(f"ODE success of {args.checkpoint}: {show(result)}")
                 logger.summary({"task": args.task, "checkpoint": args.checkpoint, "ode_success": result})
             else:

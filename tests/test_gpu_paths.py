@@ -137,6 +137,7 @@ def test_a_float8_backbone_reports_its_error_and_is_saved_as_it_was(tools, bf16,
         error = float((found - expected).norm() / expected.norm())
         assert 0.005 < error < 0.2 and float(backbone.fp8_error) == pytest.approx(error, rel=0.02)
         assert torch.equal(policy.features(obs).float(), found)  # measuring was for once
+    assert backbone.fp8_report() == f"float8 backbone: features differ by {float(backbone.fp8_error):.2%} of their norm"
     policy.save(tmp_path / "saved")
     reread = Gr00tN1d5.from_pretrained(tmp_path / "saved")
     for name, p in Gr00tN1d5.from_pretrained(tiny_checkpoint).backbone.named_parameters():
