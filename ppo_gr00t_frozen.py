@@ -27,7 +27,6 @@ import copy
 import difflib
 import itertools
 import math
-import os
 import re
 import sys
 import time
@@ -129,7 +128,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common import (
-    CudaGraphs, Noise, Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, close_iteration,
+    CudaGraphs, Noise, Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, check_ranks, close_iteration,
     explained_variance, gae, load_run, merge_moments, peak_memory_gb, per_step, pick_device, resumed_args, run_name,
     run_summary, save_checkpoint, standardize, start_logger, step_means, to_host, wilson_interval,
 )  # fmt: skip
@@ -162,9 +161,7 @@ def resolve(args: Args) -> Args:
         raise UsageError(f"--kl-target {args.kl_target}: needs a --kl-coef greater than 0 to begin with")
     if args.critic_obs == "privileged" and not TASKS[args.task].privileged:
         raise UsageError(f"--critic-obs privileged: {args.task} has no observation group for it; use features")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.num_envs % world:
-        raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {world} ranks")
+    check_ranks(args, "num_envs")
     if args.noise.startswith("flow-cps") and (args.denoise_steps < 2 or args.noise_level > 1):
         raise UsageError(f"--noise {args.noise}: needs --denoise-steps of 2 or more and a --noise-level of at most 1")
     if args.backbone_fp8 and args.device != "cpu" and torch.cuda.get_device_capability(args.device) < (8, 9):

@@ -24,7 +24,6 @@ import contextlib
 import difflib
 import itertools
 import math
-import os
 import re
 import sys
 import time
@@ -151,7 +150,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common import (
-    CudaGraphs, Noise, Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, close_iteration,
+    CudaGraphs, Noise, Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, check_ranks, close_iteration,
     explained_variance, gae, load_run, merge_moments, peak_memory_gb, per_step, pick_device, resumed_args, run_name,
     run_summary, save_checkpoint, standardize, start_logger, step_means, to_host, wilson_interval,
 )  # fmt: skip
@@ -188,9 +187,7 @@ def resolve(args: Args) -> Args:
     parse_schedule(args)
     if args.backbone_fp8 and {"llm-attention", "vision-attention"} & set(args.lora_targets):
         raise UsageError("--backbone-fp8: is for a frozen backbone; leave it out, or llm-attention and vision-attention")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.num_envs % world:
-        raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {world} ranks")
+    check_ranks(args, "num_envs")
     if args.noise.startswith("flow-cps") and (args.denoise_steps < 2 or args.noise_level > 1):
         raise UsageError(f"--noise {args.noise}: needs --denoise-steps of 2 or more and a --noise-level of at most 1")
     if args.backbone_fp8 and args.device != "cpu" and torch.cuda.get_device_capability(args.device) < (8, 9):

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import itertools
 import math
 import os
 import sys
@@ -125,6 +124,7 @@ DEFAULTS = dict(
 # what makes a network; a checkpoint keeps it
 NETWORK = ("hidden", "activation", "init_std", "recurrent", "lstm_size", "normalize_obs", "clip_obs")
 NETWORK += ("obs_groups", "critic_groups", "hide_obs")
+RESULT = "return {mean:.2f} +- {std:.2f} over {episodes} episodes of {length:.0f} steps"
 # heavy imports come after the command line, so --help is instant
 ARGS = tyro.cli(Args) if __name__ == "__main__" else None
 
@@ -133,12 +133,13 @@ import torch
 from torch import Tensor, nn
 
 from common import (
-    Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, close_iteration, elu, flat_parameter, gae,
+    Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, check_ranks, close_iteration, gae,
     latest_checkpoint, load_run, normalize_advantages, pick_device, resumed_args, run_name, run_summary, save_checkpoint,
     seeded_generator, start_logger, to_host,
 )  # fmt: skip
+from policies import Network, Policy, RunningNorm, flat_parameter
 from stock_tasks import (
-    RunningNorm, Spaces, VecEnv, add_camera, load_policy, save_policy, seeded_generators, settle_task, task_config,
+    Spaces, VecEnv, add_camera, load_policy, seeded_generators, settle_task, task_config,
     task_metrics, to_cpu,
 )  # fmt: skip
 
@@ -155,22 +156,16 @@ def resolve(args: Args) -> Args:
     if args.evaluate and not args.checkpoint:
         raise UsageError("--evaluate: needs --checkpoint, a folder like runs/<name>/checkpoints/best")
     network = settle_task(args, "Isaac-Cartpole-Direct", NETWORK)
-    own = {"num_envs": 4096 if args.device.startswith("cuda") else 512, **DEFAULTS, **TASKS.get(args.task, {})}
+    own = {"num_envs": 4096 if args.device.startswith("cuda") else 512, **DEFAULTS, **TASKS.get(args.task, {}), **network}
     for name, value in own.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None or name in network:
             setattr(args, name, value)
-    for name, value in network.items():
-        setattr(args, name, value)
     positive = "num_envs iterations save_every keep_checkpoints num_steps epochs minibatches learning_rate target_kl stop_kl"
     positive += " clip max_grad_norm clip_obs clip_rewards clip_actions init_std lstm_size"
     check_numbers(args, positive, "entropy_coef value_coef eval_every eval_episodes seed eval_seed", "gamma gae_lambda")
     if min(args.hidden, default=0) < 1:
         raise UsageError(f"--hidden {' '.join(map(str, args.hidden))}: needs at least one size, each of 1 or more")
-    if not args.obs_groups:
-        raise UsageError("--obs-groups: needs at least one group, as policy")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.num_envs % world:
-        raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {world} ranks")
+    check_ranks(args, "num_envs")
     samples = args.num_envs * (1 if args.recurrent else args.num_steps)
     if samples < 2 * args.minibatches:
         what = "environments" if args.recurrent else "steps (--num-envs times --num-steps)"
@@ -202,60 +197,11 @@ def make_env(args: Args, cfg, run_dir: Path, ranks: Ranks):
 
 
 # ======== rollout =====================================================================================================
-class Activation(nn.Module):
-    def __init__(self, name: str):
-        super().__init__()
-        self.function = elu if name == "elu" else getattr(torch.nn.functional, name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-class Network(nn.Module):
-    """A multi-layer perceptron, behind an LSTM with --recurrent; with --init orthogonal, biases are zero."""
-
-    def __init__(self, shape: tuple[int, ...], outputs: int, gain: float, args: Args):
-        super().__init__()
-        self.lstm = nn.LSTMCell(*shape, args.lstm_size) if args.recurrent else None
-        sizes, layers = [args.lstm_size if args.recurrent else math.prod(shape), *args.hidden], []
-        for a, b in itertools.pairwise(sizes):
-            layers += [nn.Linear(a, b), Activation(args.activation)]
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
-        for name, p in self.named_parameters() if args.init == "orthogonal" else ():
-            last = name.startswith(f"layers.{len(layers)}.")
-            std = gain if last else 1.0 if name.startswith("lstm") else math.sqrt(2)
-            nn.init.orthogonal_(p, std) if "weight" in name else nn.init.zeros_(p)
-
-    def forward(self, x: Tensor, state: Tensor | None = None, starts: Tensor | None = None):
-        """Outputs for each step, and the LSTM's states after it.
-
-        Args:
-            x: (T, N, d); any leading dimensions without an LSTM.
-            state: (2, N, H) hidden and cell state before the first step.
-            starts: (T, N) whether a step is the first of an episode, which sees a zero state.
-
-        Returns:
-            (T, N, outputs) in fp32, (T, 2, N, H) or None.
-        """
-        if self.lstm is None:
-            return self.layers(x).float(), None
-        states, keep = [], (~starts).to(x.dtype)[:, None, :, None]  # (T, 1, N, 1)
-        for t in range(len(x)):
-            state = torch.stack(self.lstm(x[t], tuple(state * keep[t])))
-            states.append(state)
-        states = torch.stack(states)
-        return self.layers(states[:, 0]).float(), states
-
-
-class ActorCritic(nn.Module):
-    """Separate networks for policy and value; Gaussian or categorical actions with independent components.
-
-    The parameters of the distribution are the mean (..., C), or the log-probabilities of all components side by side.
-    """
+class ActorCritic(Policy):
+    """Separate networks for policy and value; `Policy` has the distribution: Gaussian or categorical."""
 
     def __init__(self, spaces: Spaces, args: Args):
-        super().__init__()
-        self.spaces, self.args = spaces, args
+        super().__init__(spaces, args, NETWORK)
         self.actor = Network(spaces.obs, spaces.outputs, 0.01, args)
         self.critic = Network(spaces.critic or spaces.obs, 1, 1.0, args)
         self.log_std = nn.Parameter(torch.full((spaces.continuous,), math.log(args.init_std)))
@@ -264,19 +210,11 @@ class ActorCritic(nn.Module):
         self.critic_norm = RunningNorm(*spaces.critic, args.clip_obs) if own else nn.Identity()
         self.return_norm = RunningNorm(1, math.inf)
 
-    def save(self, folder: Path) -> None:
-        save_policy(self, folder, self.args, NETWORK, self.spaces)
-
-    def autocast(self):
-        return torch.autocast(self.log_std.device.type, torch.bfloat16, self.args.mixed_precision)
-
     def forward(self, obs: Tensor, state: Tensor | None = None, starts: Tensor | None = None):
         """Parameters of the distribution for normalised observations, and the LSTM's states."""
         with self.autocast():
             out, states = self.actor(obs, state, starts)
-        if self.spaces.choices:
-            out = torch.cat([part.log_softmax(-1) for part in out.split(self.spaces.choices, -1)], -1)
-        return out, states
+        return self.distribution(out), states
 
     def value(self, obs: Tensor, state: Tensor | None = None, starts: Tensor | None = None):
         """Values (...,) of normalised critic observations, and the LSTM's states."""
@@ -297,39 +235,7 @@ class ActorCritic(nn.Module):
             params, state = params[0], states[0]
         else:
             params, _ = self(obs)
-        if self.spaces.choices:  # the largest of log-probability plus Gumbel noise is a sample
-            scores = params if noise is None else params + noise
-            return torch.stack([s.argmax(-1) for s in scores.split(self.spaces.choices, -1)], -1), params, state
-        return params if noise is None else torch.addcmul(params, noise, self.log_std.exp()), params, state
-
-    def noise(self, steps: int, n: int, ranks: Ranks, *seeds: int) -> Tensor:
-        """(T, N, P) standard normal or Gumbel numbers; every rank draws all columns and keeps its own."""
-        x = torch.empty(steps, n * ranks.world, self.spaces.outputs, device=self.log_std.device)
-        generator = seeded_generator(x.device, *seeds)
-        x = -x.exponential_(generator=generator).log() if self.spaces.choices else x.normal_(generator=generator)
-        return x[:, ranks.rank * n : (ranks.rank + 1) * n]
-
-    def log_prob(self, params: Tensor, action: Tensor) -> Tensor:
-        """Log-probability of actions (..., C), summed over the independent components: (...,)."""
-        if self.spaces.choices:
-            parts = zip(params.split(self.spaces.choices, -1), action.long().split(1, -1))
-            return sum(p.gather(-1, a).squeeze(-1) for p, a in parts)
-        z = (action - params) * torch.exp(-self.log_std)
-        return -0.5 * z.square().sum(-1) - (self.log_std.sum() + 0.5 * math.log(2 * math.pi) * len(self.log_std))
-
-    def entropy(self, params: Tensor) -> Tensor:
-        """Entropy, summed over components: (...,)."""
-        if self.spaces.choices:
-            return -(params.exp() * params).sum(-1)
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(params.shape[:-1])
-
-    def kl(self, old: Tensor, old_log_std: Tensor, new: Tensor) -> Tensor:
-        """KL(old | new) in closed form: (...,)."""
-        if self.spaces.choices:
-            return (old.exp() * (old - new)).sum(-1)
-        change = self.log_std - old_log_std  # (C,)
-        fixed = (change + 0.5 * torch.exp(-2 * change) - 0.5).sum()
-        return fixed + 0.5 * ((new - old) * torch.exp(-self.log_std)).square().sum(-1)
+        return self.sample(params, noise), params, state
 
 
 class Batch(NamedTuple):
@@ -510,16 +416,15 @@ def update(policy: ActorCritic, optimizer, batch: Batch, plan: list, args: Args,
     factors = torch.tensor([1.5, 1.0, 1 / 1.5], device=args.device)
     figures, norms, first = [], [], None
     for parts in plan:
-        own, lengths = [index for index, _ in parts], [len(index) for index, _ in parts]
-        order, dim = torch.cat(own), 1 if args.recurrent else 0
+        order, lengths = torch.cat([index for index, _ in parts]), [len(index) for index, _ in parts]
+        dim = 1 if args.recurrent else 0
         all_obs, all_rest = (x.index_select(dim, order).split(lengths, dim) for x in (batch.obs, batch.rest))
         shared = batch.critic is batch.obs
         all_critic = all_obs if shared else batch.critic.index_select(dim, order).split(lengths, dim)
-        for k, (obs, critic, rest) in enumerate(zip(all_obs, all_critic, all_rest)):
-            size = parts[k][1]
+        for (index, size), obs, critic, rest in zip(parts, all_obs, all_critic, all_rest):
             if args.normalize_advantages:
                 normalize_advantages(rest[..., ADVANTAGE], size, ranks)
-            loss, sums, ratio = ppo_loss(policy, batch, obs, critic, rest, size, args, own[k] if args.recurrent else None)
+            loss, sums, ratio = ppo_loss(policy, batch, obs, critic, rest, size, args, index if args.recurrent else None)
             flat.grad.zero_()
             loss.backward()
             ranks.reduce(flat.grad)
@@ -544,13 +449,12 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
     rate = torch.tensor(args.learning_rate, device=args.device)  # on the device, where the adaptive schedule changes it
     optimizer, store = torch.optim.Adam([flat_parameter(policy)], rate, eps=1e-5, fused=True), Storage(args, env)
     run = state or {"iteration": 0, "elapsed": 0.0, "stages": {}, "best": -math.inf}
+    carried = run.pop("carried")[ranks.rank] if state else None
     if state:
         optimizer.load_state_dict(run.pop("optimizer"))
         rate = optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(args.device)
     timer, begin = StageTimer(args.device), time.time() - run["elapsed"]
-    steps, result, latest, carried = args.num_envs * args.num_steps, {}, None, None
-    if state:
-        carried = run.pop("carried")[ranks.rank]
+    steps, result, latest = args.num_envs * args.num_steps, {}, None
     if args.compile:
         policy.actor.compile()
         policy.critic.compile()
@@ -591,9 +495,9 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger, ranks
             save_checkpoint(args, policy, optimizer, everywhere, f"step_{iteration + 1:06d}", logger)
             logger.curve_png()
     if result:
-        logger.event(f"deterministic policy: {show(result)}")
+        logger.event(f"deterministic policy: {RESULT.format(**result)}")
     if args.capture_video:
-        record(args, env, policy, logger)
+        evaluate(args, env, policy, ranks, logger)
     own = {"return": latest, "eval": result, "assets": os.environ.get("ISAACSIM_ASSET_ROOT", "NVIDIA's")}
     logger.summary(run_summary(args, "ppo", run, steps, ranks) | own)
 
@@ -609,8 +513,7 @@ def describe_iteration(batch: Batch, policy: ActorCritic, rate: Tensor, figures:
     total, length, episodes = host.pop("finished")
     host = {name: value[0] for name, value in host.items()}
     metrics = {f"update/{name}": host[name] for name in (*names, *extremes)}
-    others = args.value_coef * host["value_loss"] - args.entropy_coef * host["entropy"]
-    metrics["update/loss"] = host["policy_loss"] + others
+    metrics["update/loss"] = host["policy_loss"] - args.entropy_coef * host["entropy"] + args.value_coef * host["value_loss"]
     metrics["update/explained_variance"] = 1 - host["residual"] / max(host["variance"], 1e-12)
     metrics |= {"rollout/reward": host["reward"], "rollout/value": host["value"], "rollout/episodes": episodes}
     return metrics | ({"rollout/return": total / episodes, "rollout/length": length / episodes} if episodes else {})
@@ -618,11 +521,11 @@ def describe_iteration(batch: Batch, policy: ActorCritic, rate: Tensor, figures:
 
 # ======== evaluate ====================================================================================================
 @torch.no_grad()
-def evaluate(args: Args, env: VecEnv, policy: ActorCritic, ranks: Ranks, frames: list | None = None) -> dict[str, float]:
+def evaluate(args: Args, env: VecEnv, policy: ActorCritic, ranks: Ranks, film: RunLogger | None = None) -> dict[str, float]:
     """Return of the deterministic policy in the first episode of each environment, from fixed starts.
 
     Args:
-        frames: takes an image of up to 16 environments after every second step.
+        film: saves what up to 16 environments look like after every second step.
 
     Returns:
         mean, std (over episodes), length, episodes.
@@ -631,32 +534,23 @@ def evaluate(args: Args, env: VecEnv, policy: ActorCritic, ranks: Ranks, frames:
     count = max(1, min(args.eval_episodes, args.num_envs) // ranks.world)
     alive = torch.arange(env.num_envs, device=obs.device) < count  # (N,)
     starts, sums = torch.ones_like(alive), torch.zeros(2, env.num_envs, device=obs.device)  # (2, N) return, length
-    state = torch.zeros(2, env.num_envs, args.lstm_size, device=obs.device) if args.recurrent else None
+    state, frames = torch.zeros(2, env.num_envs, args.lstm_size, device=obs.device) if args.recurrent else None, []
     for t in range(env.horizon):
         action, _, state = policy.act(obs, None, state, starts)
         obs, _, reward, terminated, truncated, _ = env.step(action)
         sums += alive * torch.stack([reward, torch.ones_like(reward)])
         starts = terminated | truncated
         alive &= ~starts
-        if frames is not None and t % 2 == 0:
+        if film and t % 2 == 0 and len(frames) < 200:
             frames.append(env.base.scene["video_camera"].data.output["rgb"].torch[:16, ..., :3].clone())
         if t % 50 == 49 and not alive.any():  # no message between ranks is left out by this
             break
+    if film:
+        images = torch.stack(frames).cpu().numpy()  # (F, n, H, W, 3)
+        film.save_gif("policy", images, np.zeros(images.shape[1], dtype=bool), fps=0.5 / env.base.step_dt)
     total = ranks.reduce(torch.stack([sums[0].sum(), sums[0].square().sum(), sums[1].sum()]))
     mean, square, length = (total / (count * ranks.world)).tolist()
     return {"mean": mean, "std": max(square - mean**2, 0) ** 0.5, "length": length, "episodes": count * ranks.world}
-
-
-def show(result: dict[str, float]) -> str:
-    return "return {mean:.2f} +- {std:.2f} over {episodes} episodes of {length:.0f} steps".format(**result)
-
-
-def record(args: Args, env: VecEnv, policy: ActorCritic, logger: RunLogger) -> None:
-    """Films the deterministic policy."""
-    frames: list[Tensor] = []
-    evaluate(args, env, policy, Ranks(0, 1), frames)
-    images = torch.stack(frames[:200]).cpu().numpy()  # (F, n, H, W, 3)
-    logger.save_gif("policy", images, np.zeros(images.shape[1], dtype=bool), fps=0.5 / env.base.step_dt)
 
 
 # ======== main ========================================================================================================
@@ -667,11 +561,11 @@ def main(args: Args) -> None:
     ranks = Ranks.start(args.device)
     args.exp_name = ranks.broadcast(args.exp_name)
     run_dir = Path(args.resume or Path("runs") / args.exp_name)
-    groups = {"--obs-groups": args.obs_groups, "--critic-groups": args.critic_groups or ()}
+    groups = {"--obs-groups": args.obs_groups, "--critic-groups": args.critic_groups}
     cfg = task_config(args.task, args.device, args.num_envs // ranks.world, args.physics, args.overrides, groups)
     state = load_run(args, run_dir, lambda folder: None)  # the policy is loaded where it is made
     folder = latest_checkpoint(run_dir) if state else args.checkpoint
-    logger = start_logger(args, run_dir, __file__, [HERE / "stock_tasks.py"], state, ranks)
+    logger = start_logger(args, run_dir, __file__, [HERE / "policies.py", HERE / "stock_tasks.py"], state, ranks)
     logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs, {args.num_steps} steps a rollout")
     if asked not in (None, args.task):
         logger.event(f"{asked} is called {args.task} in this Isaac Lab")
@@ -686,10 +580,8 @@ def main(args: Args) -> None:
             if folder:
                 load_policy(policy, folder)
             if args.evaluate:
-                result = evaluate(args, env, policy, ranks)
-                logger.event(f"deterministic policy of {args.checkpoint}: {show(result)}")
-                if args.capture_video:
-                    record(args, env, policy, logger)
+                result = evaluate(args, env, policy, ranks, logger if args.capture_video else None)
+                logger.event(f"deterministic policy of {args.checkpoint}: {RESULT.format(**result)}")
                 logger.summary({"task": args.task, "checkpoint": args.checkpoint, "eval": result})
             else:
                 train(args, env, policy, logger, ranks, state)

@@ -107,6 +107,8 @@ DEFAULTS = dict(
 # what makes a policy; a checkpoint keeps it
 NETWORK = ("init_std", "frame_skip")
 STACK, SIZE = 4, 84  # frames that the network sees, and their height and width
+# Copied from ppo_isaac.py:RESULT
+RESULT = "return {mean:.2f} +- {std:.2f} over {episodes} episodes of {length:.0f} steps"
 # heavy imports come after the command line, so --help is instant
 ARGS = tyro.cli(Args) if __name__ == "__main__" else None
 
@@ -115,13 +117,12 @@ import torch
 from torch import Tensor, nn
 
 from common import (
-    Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, close_iteration, flat_parameter, gae,
+    Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, check_ranks, close_iteration, gae,
     latest_checkpoint, load_run, normalize_advantages, pick_device, resumed_args, run_name, run_summary, save_checkpoint,
     seeded_generator, start_logger, to_host,
 )  # fmt: skip
-from stock_tasks import (
-    Spaces, VecEnv, load_policy, restore, save_policy, seeded_generators, settle_task, task_config, task_metrics, to_cpu,
-)  # fmt: skip
+from policies import Policy, flat_parameter
+from stock_tasks import Spaces, VecEnv, load_policy, restore, seeded_generators, settle_task, task_config, task_metrics, to_cpu
 
 
 def resolve(args: Args) -> Args:
@@ -136,19 +137,15 @@ def resolve(args: Args) -> Args:
     if args.evaluate and not args.checkpoint:
         raise UsageError("--evaluate: needs --checkpoint, a folder like runs/<name>/checkpoints/best")
     network = settle_task(args, "Isaac-Cartpole-Camera-Direct", NETWORK)
-    own = {"num_envs": 512 if args.device.startswith("cuda") else 64, **DEFAULTS, **TASKS.get(args.task, {})}
+    own = {"num_envs": 512 if args.device.startswith("cuda") else 64, **DEFAULTS, **TASKS.get(args.task, {}), **network}
     for name, value in own.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None or name in network:
             setattr(args, name, value)
-    for name, value in network.items():
-        setattr(args, name, value)
     positive = "num_envs iterations save_every keep_checkpoints num_steps epochs minibatches learning_rate target_kl stop_kl"
     positive += " clip max_grad_norm clip_actions init_std frame_skip"
     others = "entropy_coef value_coef eval_every eval_episodes seed eval_seed noop_max"
     check_numbers(args, positive, others, "gamma gae_lambda")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.num_envs % world:
-        raise UsageError(f"--num-envs {args.num_envs}: must be a multiple of {world} ranks")
+    check_ranks(args, "num_envs")
     samples = args.num_envs * args.num_steps
     if samples < 2 * args.minibatches:
         what = "steps (--num-envs times --num-steps)"
@@ -310,34 +307,21 @@ def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
     return layer
 
 
-class ActorCritic(nn.Module):
-    """One network for policy and value; Gaussian or categorical actions with independent components.
-
-    The parameters of the distribution are the mean (..., C), or the log-probabilities of all components side by side.
-    """
+class ActorCritic(Policy):
+    """One network for policy and value; `Policy` has the distribution: Gaussian or categorical."""
 
     def __init__(self, spaces: Spaces, args: Args):
-        super().__init__()
-        self.spaces, self.args, self.network = spaces, args, Network()
+        super().__init__(spaces, args, NETWORK)
+        self.network = Network()
         self.actor, self.critic = orthogonal(nn.Linear(512, spaces.outputs), 0.01), orthogonal(nn.Linear(512, 1), 1.0)
         self.log_std = nn.Parameter(torch.full((spaces.continuous,), math.log(args.init_std)))
-
-    # Copied from ppo_isaac.py:ActorCritic.save
-    def save(self, folder: Path) -> None:
-        save_policy(self, folder, self.args, NETWORK, self.spaces)
-
-    # Copied from ppo_isaac.py:ActorCritic.autocast
-    def autocast(self):
-        return torch.autocast(self.log_std.device.type, torch.bfloat16, self.args.mixed_precision)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters of the distribution (B, P) and values (B,) for stacked frames (B, 4, 84, 84)."""
         with self.autocast():
             features = self.network(obs)
             out, value = self.actor(features).float(), self.critic(features).float()
-        if self.spaces.choices:
-            out = torch.cat([part.log_softmax(-1) for part in out.split(self.spaces.choices, -1)], -1)
-        return out, value.squeeze(-1)
+        return self.distribution(out), value.squeeze(-1)
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -347,43 +331,7 @@ class ActorCritic(nn.Module):
             action, parameters (N, P), value (N,).
         """
         params, value = self(obs)
-        if self.spaces.choices:  # the largest of log-probability plus Gumbel noise is a sample
-            scores = params if noise is None else params + noise
-            return torch.stack([s.argmax(-1) for s in scores.split(self.spaces.choices, -1)], -1), params, value
-        return params if noise is None else torch.addcmul(params, noise, self.log_std.exp()), params, value
-
-    # Copied from ppo_isaac.py:ActorCritic.noise
-    def noise(self, steps: int, n: int, ranks: Ranks, *seeds: int) -> Tensor:
-        """(T, N, P) standard normal or Gumbel numbers; every rank draws all columns and keeps its own."""
-        x = torch.empty(steps, n * ranks.world, self.spaces.outputs, device=self.log_std.device)
-        generator = seeded_generator(x.device, *seeds)
-        x = -x.exponential_(generator=generator).log() if self.spaces.choices else x.normal_(generator=generator)
-        return x[:, ranks.rank * n : (ranks.rank + 1) * n]
-
-    # Copied from ppo_isaac.py:ActorCritic.log_prob
-    def log_prob(self, params: Tensor, action: Tensor) -> Tensor:
-        """Log-probability of actions (..., C), summed over the independent components: (...,)."""
-        if self.spaces.choices:
-            parts = zip(params.split(self.spaces.choices, -1), action.long().split(1, -1))
-            return sum(p.gather(-1, a).squeeze(-1) for p, a in parts)
-        z = (action - params) * torch.exp(-self.log_std)
-        return -0.5 * z.square().sum(-1) - (self.log_std.sum() + 0.5 * math.log(2 * math.pi) * len(self.log_std))
-
-    # Copied from ppo_isaac.py:ActorCritic.entropy
-    def entropy(self, params: Tensor) -> Tensor:
-        """Entropy, summed over components: (...,)."""
-        if self.spaces.choices:
-            return -(params.exp() * params).sum(-1)
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(params.shape[:-1])
-
-    # Copied from ppo_isaac.py:ActorCritic.kl
-    def kl(self, old: Tensor, old_log_std: Tensor, new: Tensor) -> Tensor:
-        """KL(old | new) in closed form: (...,)."""
-        if self.spaces.choices:
-            return (old.exp() * (old - new)).sum(-1)
-        change = self.log_std - old_log_std  # (C,)
-        fixed = (change + 0.5 * torch.exp(-2 * change) - 0.5).sum()
-        return fixed + 0.5 * ((new - old) * torch.exp(-self.log_std)).square().sum(-1)
+        return self.sample(params, noise), params, value
 
 
 # Copied from ppo_isaac.py:ADVANTAGE
@@ -553,13 +501,12 @@ def train(args: Args, env: CameraEnv, policy: ActorCritic, logger: RunLogger, ra
     rate = torch.tensor(args.learning_rate, device=args.device)  # on the device, where the adaptive schedule changes it
     optimizer, store = torch.optim.Adam([flat_parameter(policy)], rate, eps=1e-5, fused=True), Storage(args, env)
     run = state or {"iteration": 0, "elapsed": 0.0, "stages": {}, "best": -math.inf}
+    carried = run.pop("carried")[ranks.rank] if state else None
     if state:
         optimizer.load_state_dict(run.pop("optimizer"))
         rate = optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(args.device)
     timer, begin = StageTimer(args.device), time.time() - run["elapsed"]
-    steps, result, latest, carried = args.num_envs * args.num_steps, {}, None, None
-    if state:
-        carried = run.pop("carried")[ranks.rank]
+    steps, result, latest = args.num_envs * args.num_steps, {}, None
     if args.compile:
         policy.network.compile()
     for iteration in range(run["iteration"], args.iterations):
@@ -595,9 +542,9 @@ def train(args: Args, env: CameraEnv, policy: ActorCritic, logger: RunLogger, ra
             save_checkpoint(args, policy, optimizer, everywhere, f"step_{iteration + 1:06d}", logger)
             logger.curve_png()
     if result:
-        logger.event(f"deterministic policy: {show(result)}")
+        logger.event(f"deterministic policy: {RESULT.format(**result)}")
     if args.capture_video:
-        record(args, env, policy, logger)
+        evaluate(args, env, policy, ranks, logger)
     own = {"return": latest, "eval": result, "assets": os.environ.get("ISAACSIM_ASSET_ROOT", "NVIDIA's")}
     logger.summary(run_summary(args, "ppo_rgb", run, steps, ranks) | own)
 
@@ -614,8 +561,7 @@ def describe_iteration(batch: Batch, policy: ActorCritic, rate: Tensor, figures:
     total, length, episodes = host.pop("finished")
     host = {name: value[0] for name, value in host.items()}
     metrics = {f"update/{name}": host[name] for name in (*names, *extremes)}
-    others = args.value_coef * host["value_loss"] - args.entropy_coef * host["entropy"]
-    metrics["update/loss"] = host["policy_loss"] + others
+    metrics["update/loss"] = host["policy_loss"] - args.entropy_coef * host["entropy"] + args.value_coef * host["value_loss"]
     metrics["update/explained_variance"] = 1 - host["residual"] / max(host["variance"], 1e-12)
     metrics |= {"rollout/reward": host["reward"], "rollout/value": host["value"], "rollout/episodes": episodes}
     return metrics | ({"rollout/return": total / episodes, "rollout/length": length / episodes} if episodes else {})
@@ -623,11 +569,11 @@ def describe_iteration(batch: Batch, policy: ActorCritic, rate: Tensor, figures:
 
 # ======== evaluate ====================================================================================================
 @torch.no_grad()
-def evaluate(args: Args, env: CameraEnv, policy: ActorCritic, ranks: Ranks, frames: list | None = None) -> dict[str, float]:
+def evaluate(args: Args, env: CameraEnv, policy: ActorCritic, ranks: Ranks, film: RunLogger | None = None) -> dict[str, float]:
     """Return of the deterministic policy in the first episode of each environment, from fixed starts.
 
     Args:
-        frames: takes an image of up to 16 environments after every second step.
+        film: saves what up to 16 environments look like after every second step.
 
     Returns:
         mean, std (over episodes), length, episodes.
@@ -635,32 +581,22 @@ def evaluate(args: Args, env: CameraEnv, policy: ActorCritic, ranks: Ranks, fram
     obs, _ = env.restart(args.eval_seed, stagger=False)
     count = max(1, min(args.eval_episodes, args.num_envs) // ranks.world)
     alive = torch.arange(env.num_envs, device=obs.device) < count  # (N,)
-    sums = torch.zeros(2, env.num_envs, device=obs.device)  # (2, N) return, length
+    sums, frames = torch.zeros(2, env.num_envs, device=obs.device), []  # (2, N) return, length
     for t in range(env.horizon):
         action, _, _ = policy.act(obs, None)
         obs, reward, terminated, truncated, _ = env.step(action)
         sums += alive * torch.stack([reward, torch.ones_like(reward)])
         alive &= ~(terminated | truncated)
-        if frames is not None and t % 2 == 0:
+        if film and t % 2 == 0 and len(frames) < 200:
             frames.append(env.image()[:16].clone())
         if t % 50 == 49 and not alive.any():  # no message between ranks is left out by this
             break
+    if film:
+        images = torch.stack(frames).cpu().numpy()  # (F, n, H, W, 3)
+        film.save_gif("policy", images, np.zeros(images.shape[1], dtype=bool), fps=0.5 / (args.frame_skip * env.base.step_dt))
     total = ranks.reduce(torch.stack([sums[0].sum(), sums[0].square().sum(), sums[1].sum()]))
     mean, square, length = (total / (count * ranks.world)).tolist()
     return {"mean": mean, "std": max(square - mean**2, 0) ** 0.5, "length": length, "episodes": count * ranks.world}
-
-
-# Copied from ppo_isaac.py:show
-def show(result: dict[str, float]) -> str:
-    return "return {mean:.2f} +- {std:.2f} over {episodes} episodes of {length:.0f} steps".format(**result)
-
-
-def record(args: Args, env: CameraEnv, policy: ActorCritic, logger: RunLogger) -> None:
-    """Films the deterministic policy."""
-    frames: list[Tensor] = []
-    evaluate(args, env, policy, Ranks(0, 1), frames)
-    images = torch.stack(frames[:200]).cpu().numpy()  # (F, n, H, W, 3)
-    logger.save_gif("policy", images, np.zeros(images.shape[1], dtype=bool), fps=0.5 / (args.frame_skip * env.base.step_dt))
 
 
 # ======== main ========================================================================================================
@@ -673,7 +609,7 @@ def main(args: Args) -> None:
     colour_camera(args.task, cfg)  # refuses a task that has none
     state = load_run(args, run_dir, lambda folder: None)  # the policy is loaded where it is made
     folder = latest_checkpoint(run_dir) if state else args.checkpoint
-    logger = start_logger(args, run_dir, __file__, [HERE / "stock_tasks.py"], state, ranks)
+    logger = start_logger(args, run_dir, __file__, [HERE / "policies.py", HERE / "stock_tasks.py"], state, ranks)
     logger.event(f"{run_dir}: {args.task} on {args.device}, {args.num_envs} envs, {args.num_steps} steps a rollout")
     if asked not in (None, args.task):
         logger.event(f"{asked} is called {args.task} in this Isaac Lab")
@@ -686,10 +622,8 @@ def main(args: Args) -> None:
             if folder:
                 load_policy(policy, folder)
             if args.evaluate:
-                result = evaluate(args, env, policy, ranks)
-                logger.event(f"deterministic policy of {args.checkpoint}: {show(result)}")
-                if args.capture_video:
-                    record(args, env, policy, logger)
+                result = evaluate(args, env, policy, ranks, logger if args.capture_video else None)
+                logger.event(f"deterministic policy of {args.checkpoint}: {RESULT.format(**result)}")
                 logger.summary({"task": args.task, "checkpoint": args.checkpoint, "eval": result})
             else:
                 train(args, env, policy, logger, ranks, state)

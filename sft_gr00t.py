@@ -89,7 +89,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from common import Noise, Ranks, RunLogger, UsageError, check_numbers, pick_device, run_name, wilson_interval
+from common import Noise, Ranks, RunLogger, UsageError, check_numbers, check_ranks, pick_device, run_name, wilson_interval
 from gr00t_n1d5 import (
     Augmentation,
     Gr00tConfig,
@@ -111,12 +111,8 @@ def resolve(args: Args) -> Args:
         UsageError: names the flag and the remedy.
     """
     args.device = pick_device(args.device)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("num_envs", "batch_size"):
-        if getattr(args, name) % world:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise UsageError(f"{flag}: must be a multiple of {world} ranks")
-    if args.fsdp and world == 1:
+    check_ranks(args, "num_envs", "batch_size")
+    if args.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise UsageError("--fsdp: one process has nobody to share with; start torchrun --nproc_per_node=2 (or more)")
     if args.fsdp and args.tune != "all":
         raise UsageError(f"--fsdp: spreads what is trained with --tune all; leave it out with --tune {args.tune}")

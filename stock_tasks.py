@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common import Ranks, UsageError, merge_moments
+from common import Ranks, UsageError
 
 # names of older Isaac Lab releases; a trailing -v0 is dropped anyway
 ALIASES = {
@@ -100,7 +100,7 @@ def load_policy(policy: nn.Module, folder: str | Path) -> None:
 
 def task_config(
     task: str, device: str, num_envs: int, physics: str | None, overrides: tuple[str, ...],
-    groups: dict[str, tuple[str, ...]], images: bool = False,
+    groups: dict[str, tuple[str, ...] | None], images: bool = False,
 ) -> Any:  # fmt: skip
     """Isaac Lab's configuration of a task; refuses what cannot be trained here, before the simulator starts.
 
@@ -109,7 +109,7 @@ def task_config(
     Args:
         physics: Isaac Lab's preset; None: the task's own, or Newton where Isaac Sim is not installed.
         overrides: Isaac Lab's key=value overrides.
-        groups: observation groups that it must have, by the flag that names them.
+        groups: observation groups that it must have, at least one, by the flag that names them; None: not asked for.
         images: whether the policy is to observe images, rather than numbers.
 
     Raises:
@@ -167,7 +167,9 @@ def task_config(
     else:
         found = tuple(name for name, group in vars(cfg.observations).items() if group is not None)
     for flag, names in groups.items():
-        for name in names:
+        if names == ():
+            raise UsageError(f"{flag}: needs at least one group; {task} has {', '.join(found)}")
+        for name in names or ():
             if name not in found:
                 raise UsageError(f"{flag} {name}: {task} has no such group; it has {', '.join(found)}")
             terms = () if direct else vars(getattr(cfg.observations, name)).values()
@@ -322,25 +324,6 @@ class VecEnv:
         sums = (both * ending).sum((1, 2)) + (self.running * ending[0]).sum(1)
         self.running = self.running * ~ending[0] + (both * ~ending).sum(1)
         return torch.cat([sums, done.sum()[None]])
-
-
-class RunningNorm(nn.Module):
-    """Normalises by running mean and std; 0.01 is added to the std, so that a constant column is not blown up."""
-
-    def __init__(self, size: int, clip: float):
-        super().__init__()
-        self.clip = clip
-        self.register_buffer("moments", torch.zeros(3, size, dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(size))
-        self.register_buffer("scale", torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.shift) * self.scale).clamp(-self.clip, self.clip)
-
-    def update(self, rows: Tensor, ranks: Ranks) -> None:
-        self.moments = merge_moments(self.moments, rows, ranks)
-        self.shift.copy_(self.moments[1])
-        self.scale.copy_(1 / ((self.moments[2] / self.moments[0]).sqrt() + 0.01))
 
 
 @contextlib.contextmanager

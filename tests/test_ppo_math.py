@@ -23,7 +23,7 @@ from torch.nn.utils import parameters_to_vector
 
 import ppo_isaac
 import stock_tasks
-from common import Ranks, StageTimer, flat_parameter
+from common import Ranks, StageTimer
 from ppo_isaac import (
     ActorCritic,
     Args,
@@ -37,7 +37,8 @@ from ppo_isaac import (
     rollout,
     update,
 )
-from stock_tasks import RunningNorm, Spaces, VecEnv
+from policies import Network, RunningNorm, flat_parameter
+from stock_tasks import Spaces, VecEnv
 
 torch.set_num_threads(1)
 ALONE = Ranks(0, 1)
@@ -248,7 +249,9 @@ def test_weights_are_orthogonal_with_the_usual_gains_and_biases_zero(recurrent):
 @pytest.mark.parametrize("name", ["elu", "tanh", "relu"])
 def test_activations_and_their_gradients_are_those_of_torch(name):
     x = torch.linspace(-30, 5, 80).requires_grad_()
-    found, expected = ppo_isaac.Activation(name)(x), getattr(nn.functional, name)(x)
+    network = Network((5,), 3, 1.0, arguments(hidden=(4, 4), activation=name))
+    assert [type(layer) for layer in network.layers[1::2]] == [type(network.layers[1])] * 2
+    found, expected = network.layers[1](x), getattr(nn.functional, name)(x)
     grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
     assert torch.allclose(found, expected, atol=1e-6) and torch.allclose(*grads, atol=1e-6)
 

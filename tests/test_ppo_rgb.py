@@ -21,7 +21,7 @@ from torch import Tensor
 
 import ppo_isaac_rgb
 import stock_tasks
-from common import Ranks, StageTimer, flat_parameter
+from common import Ranks, StageTimer
 from ppo_isaac_rgb import (
     ActorCritic,
     Args,
@@ -39,6 +39,7 @@ from ppo_isaac_rgb import (
     rollout,
     update,
 )
+from policies import flat_parameter
 from stock_tasks import Spaces, task_config
 from tests import assets, warm
 
