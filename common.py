@@ -386,6 +386,11 @@ def wilson_interval(successes: float, episodes: float, z: float = 1.96) -> tuple
     return 0.0 if successes == 0 else centre - half, 1.0 if successes == episodes else centre + half
 
 
+def success_text(result: dict[str, float]) -> str:
+    """A success rate with its interval, in words; `result` as an evaluation returns it, empty without one."""
+    return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result) if result else "not measured"
+
+
 # ---------------------------------------------------------------- files
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import psutil
@@ -673,15 +673,18 @@ class Gr00tN1d5(nn.Module):
             noise = torch.randn(len(state), self.config.action_horizon, self.config.action_dim, device=state.device)
         return self.action_head.sample(context, embodiment_id, noise, steps)
 
-    def slice_embodiment(self, embodiment_id: int) -> None:
-        """Keeps one embodiment's row of the category-specific layers; id 0 then names it.
+    def slice_embodiment(self, embodiment_id: int) -> Self:
+        """Keeps one embodiment's row of the category-specific layers; id 0 then names it. Returns the model itself.
 
         At full size this leaves 763M of the head's 1069M parameters, and as much less optimizer state. All rows stay on
         the host, and `save_pretrained` writes them back with the trained row in its place. Call it before the optimizer
-        is made: the parameters are new objects. Raises ValueError for an unknown row or a second call.
+        is made: the parameters are new objects. Raises ValueError for an unknown row or a second call. A checkpoint with
+        one row is left as it is.
         """
         if self._tables:
             raise ValueError(f"the model is already sliced to embodiment {self._row}")
+        if self.config.num_embodiments == 1:
+            return self
         if not 0 <= embodiment_id < self.config.num_embodiments:
             raise ValueError(f"embodiment id {embodiment_id} is not among {self.config.num_embodiments} rows")
         for prefix, module in self.named_modules():
@@ -692,6 +695,7 @@ class Gr00tN1d5(nn.Module):
                     setattr(module, name, nn.Parameter(row, requires_grad=table.requires_grad))
         self._row = embodiment_id
         self.config = self.action_head.config = replace(self.config, num_embodiments=1)
+        return self
 
     @classmethod
     def from_pretrained(

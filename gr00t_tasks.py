@@ -15,6 +15,7 @@ episodes would not be alike.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import logging
@@ -26,10 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from common import UsageError
+from common import Ranks, UsageError, pick_device, resumed_args
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor
 
 
 log = logging.getLogger("gr00t_tasks")
@@ -374,6 +377,109 @@ def check_columns(env: Any, name: str) -> None:
             raise UsageError(f"--task {name}: {size} {kind} columns, its row in TASKS says {wanted[kind]}")
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# what the scripts refuse before the simulator starts
+# ------------------------------------------------------------------------------------------------------------------
+def check_task(name: str) -> None:
+    """Raises UsageError for a task without a row, with the nearest that have one."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 3, 0.0)
+        raise UsageError(f"--task {name}: no row for it in TASKS; nearest: {', '.join(near)}")
+
+
+def settle_args(args: Any, defaults: dict[str, tuple]) -> Any:
+    """An RL script's arguments, or those of the run to resume, with device, task and open fields settled.
+
+    Args:
+        defaults: what None stands for: (small checkpoint on a CPU, small checkpoint on a GPU, full-size checkpoint).
+
+    Raises:
+        UsageError: no such run, device, checkpoint or task.
+    """
+    from gr00t_n1d5 import is_full_size
+
+    if args.resume:
+        args = resumed_args(args)
+    args.device = pick_device(args.device)
+    column = 2 if is_full_size(args.checkpoint) else 1 if args.device.startswith("cuda") else 0
+    for name, values in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[column])
+    check_task(args.task)
+    args.capture_video &= bool(TASKS[args.task].cameras)
+    return args
+
+
+def check_sampling(args: Any) -> None:
+    """Raises UsageError for what the sampler of actions, or the GPU, cannot do."""
+    import torch
+
+    if args.noise.startswith("flow-cps") and (args.denoise_steps < 2 or args.noise_level > 1):
+        raise UsageError(f"--noise {args.noise}: needs --denoise-steps of 2 or more and a --noise-level of at most 1")
+    if args.backbone_fp8 and args.device != "cpu" and torch.cuda.get_device_capability(args.device) < (8, 9):
+        raise UsageError("--backbone-fp8: this GPU has no float8 products (those from Ada on have); leave it out")
+
+
+def load_gr00t(args: Any) -> tuple[Gr00tN1d5, Gr00tProcessor, Tensor, Tensor]:
+    """A checkpoint that fits the task, sliced to its embodiment, and the instructions as prompts.
+
+    Args:
+        args: checkpoint, embodiment_tag, task, instruction, bracketed, pad_prompt, chunk.
+
+    Returns:
+        network, processor, prompts (P, L), their lengths (P,) without padding.
+
+    Raises:
+        UsageError: the checkpoint cannot be read or does not fit the task; an instruction or --chunk does not fit it.
+    """
+    from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, pad_prompts
+
+    task = TASKS[args.task]
+    try:
+        net = Gr00tN1d5.from_pretrained(args.checkpoint)
+        processor = Gr00tProcessor.from_pretrained(args.checkpoint, net.config, args.embodiment_tag)
+        net.slice_embodiment(processor.embodiment_id)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
+    texts = (args.instruction,) if args.instruction else task.instructions
+    try:
+        prompts = [processor.prompt(text, len(task.cameras), args.bracketed) for text in texts]
+        prompts, lengths = pad_prompts(prompts, args.pad_prompt)
+    except ValueError as error:
+        raise UsageError(f"--instruction: {error}") from error
+    for kind, sizes in (("state", task.state), ("action", task.action)):
+        found, wanted = len(processor.normalizers[kind]), sum(sizes.values())
+        if found != wanted:
+            raise UsageError(
+                f"--checkpoint {args.checkpoint}: it has {found} {kind} dimensions, {args.task} has {wanted}; fine-tune it "
+                "on the task first (sft_gr00t.py)"
+            )
+    chunk, most = args.chunk or net.config.action_horizon, net.config.action_horizon
+    if chunk > most or task.horizon % chunk:
+        raise UsageError(f"--chunk {chunk}: must divide the episode's {task.horizon} steps and not exceed the model's {most}")
+    return net, processor, prompts, lengths
+
+
+def check_memory(args: Any, policy: Any, ranks: Ranks) -> str:
+    """Estimates a rank's memory; with --max-memory-gb, plans for it.
+
+    Args:
+        policy: of an RL script.
+
+    Raises:
+        UsageError: what the rollout keeps for the update needs more memory than is free, or than the budget.
+    """
+    from gr00t_n1d5 import memory_plan
+
+    samples = args.num_envs // ranks.world * policy.rollout_chunks
+    steps = policy.stochastic_steps if policy.all_steps else 1
+    plan, remedy = memory_plan(args, policy, samples, steps, len(TASKS[args.task].cameras), policy.prompts.shape[1])
+    if remedy:
+        raise UsageError(f"--num-envs {args.num_envs}: {plan}; use fewer, or {remedy}")
+    return plan
+
+
+# ------------------------------------------------------------------------------------------------------------------
 def write_random(name: str, folder: Path, size: str = "tiny", seed: int = 0) -> None:
     """A checkpoint with random weights that fits a task: to try commands, not to get anything done.
 
@@ -422,8 +528,7 @@ def main(args: Args) -> None:
             state, action = sum(task.state.values()), sum(task.action.values())
             print(f"{name}: {views}; state {state}, action {action}, {task.horizon} steps; {task.instructions[0]}")
         return
-    if args.task not in TASKS:
-        raise UsageError(f"--task {args.task}: no row for it in TASKS; they are {', '.join(TASKS)}")
+    check_task(args.task)
     if args.out is None:
         raise UsageError("--out: needs a folder to write the checkpoint to")
     if args.size not in ("tiny", "full"):

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import itertools
 import math
 import re
@@ -151,11 +150,13 @@ from torch import Tensor, nn
 
 from common import (
     CudaGraphs, Noise, Ranks, RunLogger, StageTimer, UsageError, check_finite, check_numbers, check_ranks, close_iteration,
-    explained_variance, gae, load_run, merge_moments, peak_memory_gb, per_step, pick_device, resumed_args, run_name,
-    run_summary, save_checkpoint, standardize, start_logger, step_means, to_host, wilson_interval,
+    explained_variance, gae, load_run, merge_moments, peak_memory_gb, per_step, run_name, run_summary, save_checkpoint,
+    standardize, start_logger, step_means, success_text, to_host, wilson_interval,
 )  # fmt: skip
-from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size, is_real, memory_plan, pad_prompts, recompute
-from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config
+from gr00t_n1d5 import Gr00tN1d5, is_real, recompute
+from gr00t_tasks import (
+    TASKS, check_columns, check_memory, check_sampling, end_terms, load_gr00t, refresh_sensors, settle_args, task_config,
+)  # fmt: skip
 
 
 def resolve(args: Args) -> Args:
@@ -164,16 +165,7 @@ def resolve(args: Args) -> Args:
     Raises:
         UsageError: names the flag and the remedy.
     """
-    if args.resume:
-        args = resumed_args(args)
-    args.device = pick_device(args.device)
-    column = 2 if is_full_size(args.checkpoint) else 1 if args.device.startswith("cuda") else 0
-    for name, values in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[column])
-    if args.task not in TASKS:
-        near = difflib.get_close_matches(args.task, TASKS, 3, 0.0)
-        raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
+    args = settle_args(args, DEFAULTS)
     positive = "num_envs iterations save_every keep_checkpoints denoise_steps noise_level learning_rate clip epochs"
     positive += " minibatches micro_batch_size log_ratio_clamp max_grad_norm chunk max_memory_gb pad_prompt"
     positive += " rollout_chunks critic_lr critic_epochs value_clip kl_target lora_rank lora_alpha"
@@ -188,11 +180,7 @@ def resolve(args: Args) -> Args:
     if args.backbone_fp8 and {"llm-attention", "vision-attention"} & set(args.lora_targets):
         raise UsageError("--backbone-fp8: is for a frozen backbone; leave it out, or llm-attention and vision-attention")
     check_ranks(args, "num_envs")
-    if args.noise.startswith("flow-cps") and (args.denoise_steps < 2 or args.noise_level > 1):
-        raise UsageError(f"--noise {args.noise}: needs --denoise-steps of 2 or more and a --noise-level of at most 1")
-    if args.backbone_fp8 and args.device != "cpu" and torch.cuda.get_device_capability(args.device) < (8, 9):
-        raise UsageError("--backbone-fp8: this GPU has no float8 products (those from Ada on have); leave it out")
-    args.capture_video &= bool(TASKS[args.task].cameras)
+    check_sampling(args)
     args.exp_name = run_name(args, "ppo_gr00t_lora")
     return args
 
@@ -428,33 +416,10 @@ class Gr00tActorCritic(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        task = TASKS[args.task]
+        self.net, self.processor, prompts, lengths = load_gr00t(args)  # prompts (P, L), their lengths (P,)
+        task, config = TASKS[args.task], self.net.config
         self.instructions = (args.instruction,) if args.instruction else task.instructions
-        try:
-            self.net = Gr00tN1d5.from_pretrained(args.checkpoint)
-            self.processor = Gr00tProcessor.from_pretrained(args.checkpoint, self.net.config, args.embodiment_tag)
-            self.one_embodiment(self.net)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
-        try:
-            prompts = [self.processor.prompt(text, len(task.cameras), args.bracketed) for text in self.instructions]
-            prompts, lengths = pad_prompts(prompts, args.pad_prompt)  # (P, L), (P,)
-        except ValueError as error:
-            raise UsageError(f"--instruction: {error}") from error
-        config = self.net.config
-        for kind, sizes in (("state", task.state), ("action", task.action)):
-            found = len(self.processor.normalizers[kind])
-            if found != sum(sizes.values()):
-                raise UsageError(
-                    f"--checkpoint {args.checkpoint}: it has {found} {kind} dimensions, {args.task} has "
-                    f"{sum(sizes.values())}; fine-tune it on the task first (sft_gr00t.py)"
-                )
         self.chunk = args.chunk or config.action_horizon
-        if self.chunk > config.action_horizon or task.horizon % self.chunk:
-            raise UsageError(
-                f"--chunk {self.chunk}: must divide the episode's {task.horizon} steps and not exceed the model's "
-                f"{config.action_horizon}"
-            )
         self.steps, self.level = args.denoise_steps, args.noise_level
         self.cps, self.all_steps = args.noise.startswith("flow-cps"), args.noise.endswith("-all")
         self.stochastic_steps = self.steps - self.cps  # the last step of Flow-CPS has std 0
@@ -523,13 +488,6 @@ class Gr00tActorCritic(nn.Module):
     # Copied from grpo_gr00t.py:Gr00tActor.trainable
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.net.parameters() if p.requires_grad]
-
-    # Copied from grpo_gr00t.py:Gr00tActor.one_embodiment
-    def one_embodiment(self, net: Gr00tN1d5) -> Gr00tN1d5:
-        """Keeps this embodiment's row of the category-specific layers; `save_pretrained` writes the others, too."""
-        if net.config.num_embodiments > 1:
-            net.slice_embodiment(self.processor.embodiment_id)
-        return net
 
     # Copied from grpo_gr00t.py:Gr00tActor.embodiment
     def embodiment(self, n: int) -> Tensor:
@@ -993,7 +951,7 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
     per_iteration = args.num_envs * policy.rollout_chunks * policy.chunk
     if run["before"] is None:
         run["before"] = evaluate(args, env, policy, ranks)
-        logger.event(f"ODE success before: {show(run['before'])}")
+        logger.event(f"ODE success before: {success_text(run['before'])}")
         if args.capture_video:
             record(args, env, policy, ranks, logger, "before")
     metrics, result = {}, None
@@ -1043,7 +1001,7 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
             env.steps = env.task.horizon  # a run and its continuation go on with new episodes
     after = result or evaluate(args, env, policy, ranks)
     sde = evaluate(args, env, policy, ranks, explore=True)
-    logger.event(f"ODE success after: {show(after)} (before: {show(run['before'])})")
+    logger.event(f"ODE success after: {success_text(after)} (before: {success_text(run['before'])})")
     logger.event(f"peak memory: {peak_memory_gb(args.device):.2f} GB")
     if args.capture_video:
         record(args, env, policy, ranks, logger, "after")
@@ -1059,21 +1017,6 @@ def train(args: Args, env: ChunkEnv, policy: nn.Module, logger: RunLogger, ranks
         "explained_variance": metrics.get("update/explained_variance"),
     }
     logger.summary(run_summary(args, "ppo_lora", run, per_iteration, ranks) | about)
-
-
-# Copied from grpo_gr00t.py:check_memory
-def check_memory(args: Args, policy: nn.Module, ranks: Ranks) -> str:
-    """Estimates a rank's memory, and refuses what does not fit.
-
-    Raises:
-        UsageError: what the rollout keeps for the update needs more memory than is free.
-    """
-    samples = args.num_envs // ranks.world * policy.rollout_chunks
-    steps = policy.stochastic_steps if policy.all_steps else 1
-    plan, remedy = memory_plan(args, policy, samples, steps, len(TASKS[args.task].cameras), policy.prompts.shape[1])
-    if remedy:
-        raise UsageError(f"--num-envs {args.num_envs}: {plan}; use fewer, or {remedy}")
-    return plan
 
 
 # ======== evaluate ====================================================================================================
@@ -1098,11 +1041,6 @@ def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore
     count, episodes = float(ranks.reduce(torch.stack(successes).sum())), batches * args.num_envs
     low, high = wilson_interval(count, episodes)
     return {"mean": count / episodes, "low": low, "high": high, "episodes": episodes}
-
-
-# Copied from grpo_gr00t.py:show
-def show(result: dict[str, float]) -> str:
-    return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result) if result else "not measured"
 
 
 # Copied from ppo_gr00t_frozen.py:record
@@ -1144,7 +1082,7 @@ def main(args: Args) -> None:
                 result = evaluate(args, env, policy, ranks)
                 if args.backbone_fp8 and result:
                     logger.event(policy.net.backbone.fp8_report())
-                logger.event(f"ODE success of {args.checkpoint}: {show(result)}")
+                logger.event(f"ODE success of {args.checkpoint}: {success_text(result)}")
                 logger.summary({"task": args.task, "checkpoint": args.checkpoint, "ode_success": result})
             else:
                 train(args, env, policy, logger, ranks, state)

@@ -112,8 +112,7 @@ class ServedPolicy:
         try:
             self.net = Gr00tN1d5.from_pretrained(args.checkpoint)
             self.processor = Gr00tProcessor.from_pretrained(args.checkpoint, self.net.config, args.embodiment_tag)
-            if self.net.config.num_embodiments > 1:
-                self.net.slice_embodiment(self.processor.embodiment_id)
+            self.net.slice_embodiment(self.processor.embodiment_id)
         except (OSError, ValueError) as error:
             line = "; ".join(str(error).splitlines())
             raise UsageError(f"--checkpoint {args.checkpoint}: {line}") from error

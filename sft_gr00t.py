@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
 import importlib
 import math
 import os
@@ -89,7 +88,18 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from common import Noise, Ranks, RunLogger, UsageError, check_numbers, check_ranks, pick_device, run_name, wilson_interval
+from common import (
+    Noise,
+    Ranks,
+    RunLogger,
+    UsageError,
+    check_numbers,
+    check_ranks,
+    pick_device,
+    run_name,
+    success_text,
+    wilson_interval,
+)
 from gr00t_n1d5 import (
     Augmentation,
     Gr00tConfig,
@@ -101,7 +111,7 @@ from gr00t_n1d5 import (
     recompute,
     tiny_tokenizer,
 )
-from gr00t_tasks import TASKS, check_columns, end_terms, refresh_sensors, task_config
+from gr00t_tasks import TASKS, check_columns, check_task, end_terms, refresh_sensors, task_config
 
 
 def resolve(args: Args) -> Args:
@@ -116,9 +126,7 @@ def resolve(args: Args) -> Args:
         raise UsageError("--fsdp: one process has nobody to share with; start torchrun --nproc_per_node=2 (or more)")
     if args.fsdp and args.tune != "all":
         raise UsageError(f"--fsdp: spreads what is trained with --tune all; leave it out with --tune {args.tune}")
-    if args.task not in TASKS:
-        near = difflib.get_close_matches(args.task, TASKS, 3, 0.0)
-        raise UsageError(f"--task {args.task}: no row for it in TASKS; nearest: {', '.join(near)}")
+    check_task(args.task)
     if not TASKS[args.task].expert and not args.evaluate:
         able = ", ".join(name for name, task in TASKS.items() if task.expert)
         raise UsageError(f"--task {args.task}: has no expert to learn from; {able} has")
@@ -511,7 +519,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tPolicy, logger: RunLogger, ran
                 result = evaluate(args, env, average, ranks)
                 if result:
                     metrics |= {"eval/ode_success": result["mean"], "eval/episodes": result["episodes"]}
-                logger.event(f"step {step + 1}: ODE success {show(result)}")
+                logger.event(f"step {step + 1}: ODE success {success_text(result)}")
                 average.save(logger.run_dir / "checkpoints" / ("last" if last else f"step_{step + 1:06d}"), ranks)
             logger.log(step, metrics)
     logger.curve_png()
@@ -554,11 +562,6 @@ def evaluate(args: Args, env: ChunkEnv, policy: nn.Module, ranks: Ranks, explore
     return {"mean": count / episodes, "low": low, "high": high, "episodes": episodes}
 
 
-# Copied from grpo_gr00t.py:show
-def show(result: dict[str, float]) -> str:
-    return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result) if result else "not measured"
-
-
 # ======== main ========================================================================================================
 def main(args: Args) -> None:
     args = resolve(args)
@@ -586,7 +589,7 @@ def main(args: Args) -> None:
         try:
             if args.evaluate:
                 result = evaluate(args, env, policy, ranks)
-                logger.event(f"ODE success of {args.checkpoint}: {show(result)}")
+                logger.event(f"ODE success of {args.checkpoint}: {success_text(result)}")
                 logger.summary({"task": args.task, "checkpoint": args.checkpoint, "ode_success": result})
             else:
                 train(args, env, policy, logger, ranks, instructions)

@@ -529,8 +529,8 @@ def make_actor(name: str, args: Args, config: Gr00tConfig, views: int, device: s
     net, before = make_net(config, device, getattr(torch, args.dtype), args.seed), torch.get_float32_matmul_precision()
     with (
         mock.patch.dict(script.TASKS, {own.task: task}),
-        mock.patch.object(script.Gr00tN1d5, "from_pretrained", lambda *_: net),
-        mock.patch.object(script.Gr00tProcessor, "from_pretrained", lambda *_: make_processor(config)),
+        mock.patch.object(Gr00tN1d5, "from_pretrained", lambda *_: net),
+        mock.patch.object(Gr00tProcessor, "from_pretrained", lambda *_: make_processor(config)),
     ):
         policy = script.Gr00tActor(own) if hasattr(script, "Gr00tActor") else script.Gr00tActorCritic(own)
     torch.set_float32_matmul_precision(before)  # the scripts set their own; here `head_precision` does

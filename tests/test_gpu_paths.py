@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import gr00t_tasks
 from common import CudaGraphs, Noise
 from gr00t_n1d5 import Fp8Linear, Gr00tConfig, Gr00tN1d5, recompute
 from tests import test_grpo_math as grpo
@@ -149,7 +150,7 @@ def test_float8_needs_a_frozen_backbone_and_a_gpu_that_has_it(tiny_checkpoint, m
     with pytest.raises(lora.UsageError, match="^--backbone-fp8: is for a frozen backbone"):
         lora.make(tiny_checkpoint, backbone_fp8=True, lora_targets=("dit-attention", "llm-attention"))
     for module in map(importlib.import_module, SCRIPTS):
-        monkeypatch.setattr(module, "pick_device", lambda device: "cuda")
+        monkeypatch.setattr(gr00t_tasks, "pick_device", lambda device: "cuda")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         with pytest.raises(module.UsageError, match="^--backbone-fp8: this GPU has no float8"):
             module.resolve(module.Args(checkpoint=str(tiny_checkpoint), backbone_fp8=True))

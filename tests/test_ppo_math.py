@@ -24,6 +24,7 @@ from torch.nn.utils import parameters_to_vector
 import ppo_isaac
 import stock_tasks
 from common import Ranks, StageTimer
+from policies import Network, RunningNorm, flat_parameter
 from ppo_isaac import (
     ActorCritic,
     Args,
@@ -37,7 +38,6 @@ from ppo_isaac import (
     rollout,
     update,
 )
-from policies import Network, RunningNorm, flat_parameter
 from stock_tasks import Spaces, VecEnv
 
 torch.set_num_threads(1)

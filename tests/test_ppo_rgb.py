@@ -22,6 +22,7 @@ from torch import Tensor
 import ppo_isaac_rgb
 import stock_tasks
 from common import Ranks, StageTimer
+from policies import flat_parameter
 from ppo_isaac_rgb import (
     ActorCritic,
     Args,
@@ -39,7 +40,6 @@ from ppo_isaac_rgb import (
     rollout,
     update,
 )
-from policies import flat_parameter
 from stock_tasks import Spaces, task_config
 from tests import assets, warm
 

@@ -91,13 +91,19 @@ def test_every_field_is_read(script):
     """As args.<name>, or by a getattr over a list of names; checking it before the run alone does not count."""
     tree = tree_of(script)
     modules = ("common", "gr00t_n1d5", "gr00t_tasks", "policies", "stock_tasks")
-    imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module in modules]
-    shared = [copies.find(tree_of(f"{node.module}.py"), alias.name) for node in imports for alias in node.names]
+    before = ("Args", "resolve", "settle_args", "resumed_args", "run_name")
+    before += ("check_numbers", "check_ranks", "check_task", "check_sampling")
     found: set[str] = set()
-    for statement in [*tree.body, *filter(None, shared)]:
+    statements, taken = list(tree.body), set()
+    for statement in statements:  # and what they import from the modules, in turn
         name = next(iter(copies.names_of(statement)), None)
-        if name in ("Args", "resolve", "resumed_args", "check_numbers", "run_name"):
+        if name in before:
             continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.ImportFrom) and node.module in modules:
+                names = {(node.module, alias.name) for alias in node.names} - taken
+                taken |= names
+                statements += filter(None, (copies.find(tree_of(f"{module}.py"), each) for module, each in sorted(names)))
         by_name = any(isinstance(n, ast.Name) and n.id == "getattr" for n in ast.walk(statement))
         for node in ast.walk(statement):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
