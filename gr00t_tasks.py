@@ -1,4 +1,5 @@
-"""How Isaac Lab tasks meet GR00T: one row per task, and what of a task's configuration has to change for it.
+"""How Isaac Lab tasks meet GR00T: one row per task, what of a task's configuration has to change for it, and what a
+script refuses before it starts the simulator.
 
     python gr00t_tasks.py                                            # the rows
     python gr00t_tasks.py --task Isaac-Open-Drawer-Franka --out <folder>     # a checkpoint with random weights that fits

@@ -218,8 +218,6 @@ class Policy(Straightforward):
             return "needs a CUDA GPU"
         if lever == "fp8" and cuda and torch.cuda.get_device_capability(self.device) < (8, 9):
             return "needs a GPU with float8 (Ada, Hopper or later)"
-        if lever == "fp8" and cuda and next(self.net.parameters()).dtype != torch.bfloat16:
-            return "needs --dtype bfloat16"
         return ""
 
     def backbone_blocks(self) -> list[nn.Module]:
