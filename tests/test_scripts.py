@@ -156,7 +156,7 @@ def test_sections_stand_in_the_same_order(script):
 def test_length(script):
     """Without the marks of copies. The LoRA script holds a second algorithm, the schedule of stages."""
     lines = [line for line in (ROOT / script).read_text().splitlines() if "# Copied from " not in line]
-    assert len(lines) <= {"ppo_gr00t_lora.py": 1200, "ppo_isaac.py": 600}.get(script, 1000)
+    assert len(lines) <= {"ppo_gr00t_lora.py": 1100, "ppo_isaac.py": 600}.get(script, 900)
 
 
 def test_ruff():
