@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from common import Ranks, UsageError
 from gr00t_n1d5 import CategorySpecificLinear, Gr00tConfig, Gr00tN1d5, memory_plan
+from gr00t_tasks import check_memory
 
 SAMPLES, LENGTH = 8192, 276  # 4096 environments of two chunks; tokens of a prompt with one view
 
@@ -111,3 +113,16 @@ def test_what_was_chosen_is_not_made_larger(policy, fraction):
 def test_on_a_cpu_features_are_kept_or_computed_again(policy):
     args = given(24, device="cpu")
     assert memory_plan(args, policy, SAMPLES, 1, 1, LENGTH)[1] == "" and args.feature_cache == "off"
+
+
+@pytest.mark.parametrize("world, steps, all_steps", [(1, 4, False), (1, 4, True), (2, 3, True)])
+def test_a_rank_keeps_the_samples_of_its_environments(policy, fraction, world, steps, all_steps):
+    """What a script asks of the plan: policy calls of this rank, one noisy step of each or all."""
+    policy = copy.copy(policy)
+    policy.rollout_chunks, policy.stochastic_steps, policy.all_steps = 2, steps, all_steps
+    policy.prompts = torch.zeros(2, LENGTH, device="meta")
+    args = given(200, task="Tabletop-Lift-Cube-v0", num_envs=4096)  # one camera
+    expected, _ = memory_plan(given(200), policy, SAMPLES // world, steps if all_steps else 1, 1, LENGTH)
+    assert check_memory(args, policy, Ranks(0, world)) == expected
+    with pytest.raises(UsageError, match=r"^--num-envs 4096: .* budget of 1 GB; use fewer, or --max-memory-gb \d"):
+        check_memory(given(1, task="Tabletop-Lift-Cube-v0", num_envs=4096), policy, Ranks(0, world))

@@ -104,7 +104,8 @@ def test_every_field_is_read(script):
                 names = {(node.module, alias.name) for alias in node.names} - taken
                 taken |= names
                 statements += filter(None, (copies.find(tree_of(f"{module}.py"), each) for module, each in sorted(names)))
-        by_name = any(isinstance(n, ast.Name) and n.id == "getattr" for n in ast.walk(statement))
+        calls = [n for n in ast.walk(statement) if isinstance(n, ast.Call) and ast.unparse(n.func) == "getattr"]
+        by_name = any(ast.unparse(call.args[0]) in ("args", "self.args") for call in calls)
         for node in ast.walk(statement):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
                 found.add(node.attr)
