@@ -139,8 +139,7 @@ from common import (
 )  # fmt: skip
 from policies import Network, Policy, RunningNorm, flat_parameter
 from stock_tasks import (
-    Spaces, VecEnv, add_camera, load_policy, seeded_generators, settle_task, task_config,
-    task_metrics, to_cpu,
+    Spaces, VecEnv, add_camera, load_policy, seeded_generators, settle_task, task_config, task_metrics, to_cpu,
 )  # fmt: skip
 
 
