@@ -100,16 +100,16 @@ LOCOMOTION = dict(num_steps=32, learning_rate=5e-4, hidden=(400, 200, 100), entr
 CARTPOLE = dict(num_steps=16, hidden=(32, 32), init="torch", normalize_returns=True, value_coef=1.0, iterations=150)
 LIFT = dict(num_steps=32, gamma=0.995, gae_lambda=0.9, hidden=(512, 256, 128), normalize_obs=True, iterations=15_000)
 STACK = dict(num_steps=48, gamma=0.995, normalize_obs=True, iterations=3000)
-# hyperparameters per task, from Isaac Lab's own recipes but for the marked ones; any flag overrides them
+# hyperparameters per task, from Isaac Lab's recipes (init, scaled returns and value_coef of CARTPOLE are ours); flags override
 TASKS: dict[str, dict] = {
-    "Isaac-Cartpole-Direct": CARTPOLE,  # scaled returns and value_coef are our own
+    "Isaac-Cartpole-Direct": CARTPOLE,
     "Isaac-Cartpole": CARTPOLE,
     "IsaacContrib-Cartpole-Showcase-Direct": CARTPOLE,
     "Isaac-Ant-Direct": LOCOMOTION,
     "Isaac-Ant": LOCOMOTION,
     "Isaac-Humanoid-Direct": dict(LOCOMOTION, normalize_obs=True, value_coef=4.0),
     "Isaac-Humanoid": dict(LOCOMOTION, normalize_obs=True, value_coef=4.0),
-    "Isaac-Reach-Franka": dict(epochs=8, hidden=(64, 64), entropy_coef=0.01),
+    "Isaac-Reach-Franka": dict(CARTPOLE, num_steps=24, epochs=8, hidden=(64, 64), entropy_coef=0.01, iterations=1000),
     "Isaac-Lift-Franka": dict(LIFT, obs_groups=("policy", "proprio", "perception")),
     "Isaac-Open-Drawer-Franka": dict(num_steps=96, learning_rate=5e-4, target_kl=0.02, entropy_coef=1e-3, iterations=400),
     "IsaacContrib-Stack-Cube-Franka": STACK,  # no recipe to start from: a guess
