@@ -319,7 +319,7 @@ def make_batch(env: VecEnv, policy: ActorCritic, store: Storage, args: Args, ran
     if env.spaces.critic:
         critic = critic_norm(store.critic)
     values, states = policy.value(critic, store.states and store.states[1], store.starts)  # (T + 1, N)
-    timed_out = (store.truncated & ~store.terminated).nonzero(as_tuple=True)  # the one wait for the device
+    timed_out = (store.truncated & ~store.terminated).nonzero(as_tuple=True)  # waits for the device
     final_values, last = torch.zeros_like(store.reward), critic_norm(store.final[timed_out])  # (T, N), (E, dc)
     if args.recurrent:
         t, n = timed_out
