@@ -1,22 +1,20 @@
-"""Kernels that every script shares: GAE, group advantages, logging. Nothing here knows a robot or a network.
+"""Kernels that every script shares: group advantages, GAE, statistics, logging. Nothing here knows a robot or a network.
 
 `gae` and `group_advantages` have a Triton kernel for CUDA and a torch path for everything else; the device picks.
-`RunLogger` owns `runs/<name>/`: provenance, metrics.jsonl, W&B, the terminal display, curves, videos, summary.
-Heavy imports (torch, triton, wandb, rich, matplotlib, PIL) happen on first use, so `--help` stays instant.
+`Metrics` gathers an iteration's figures on the device. `Run` is the run's folder: provenance, metrics.jsonl, W&B, the
+terminal display, curves, GIFs, checkpoints, summary. Heavy imports (torch, triton, wandb, rich, matplotlib, PIL) happen
+on first use, so `--help` and refusals are instant.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
-import errno
 import functools
 import importlib.metadata
 import json
 import logging
 import math
-import netrc
 import os
 import platform
 import re
@@ -29,15 +27,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from urllib.parse import urlparse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
 log = logging.getLogger("common")
+ROOT = Path(__file__).resolve().parent
 
-# ---------------------------------------------------------------- kernels
+# ---------------------------------------------------------------- advantages
 
 tl: Any = None  # triton.language, set by _triton(): the kernels below look it up in the module's globals
 _named: set[tuple[str, str]] = set()
@@ -290,85 +288,6 @@ def normalize_advantages(advantages: Tensor, size: int, ranks: Ranks) -> None:
     advantages.sub_(mean).div_(var.sqrt_().add_(1e-8))
 
 
-class CudaGraphs:
-    """A function of CUDA tensors, captured as a CUDA graph at its first call with inputs of some shapes, then replayed.
-
-    The host then launches one graph instead of hundreds of kernels. For functions without gradients, random numbers and
-    host syncs, whose other tensors (weights) stay where they are; they may change in place.
-
-    Args:
-        function: of tensors, or of tuples of them; returns the same. What is no tensor must be hashable.
-    """
-
-    def __init__(self, function: Callable[..., Any]):
-        self.function, self.graphs, self.pool = function, {}, None
-
-    def __call__(self, *inputs: Any) -> Any:
-        """The function's outputs, as copies that later calls leave alone."""
-        from torch import Tensor
-        from torch.utils import _pytree as pytree
-
-        leaves, spec = pytree.tree_flatten(inputs)
-        key = (spec, *((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves))
-        if key not in self.graphs:
-            own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-            self.graphs[key] = own, *self.capture(lambda: self.function(*pytree.tree_unflatten(own, spec)))
-        own, replay, outputs = self.graphs[key]
-        for mine, x in zip(own, leaves):
-            if isinstance(x, Tensor):
-                mine.copy_(x)
-        replay()
-        return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, outputs)
-
-    def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """How to run a call again, and where its outputs will then lie."""
-        import torch
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # compiles and picks kernels, which a capture must not
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL has a thread of its own
-            outputs = call()
-        self.pool = graph.pool()  # outputs are copied before another graph runs, so all can share their memory
-        return graph.replay, outputs
-
-
-def seeded_generator(device: Any, *seeds: int) -> Any:
-    """A torch.Generator of its own for every tuple of seeds."""
-    import numpy as np
-    import torch
-
-    entropy = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(device).manual_seed(entropy)
-
-
-def per_step(steps: int, k: Tensor, *figures: Tensor) -> Tensor:
-    """Sums (steps, F + 1) of figures (B, J) by the denoising step k (B, J) they belong to, and their number."""
-    import torch
-
-    columns = torch.stack([*figures, torch.ones_like(figures[0])], -1).detach().flatten(0, 1)  # (B J, F + 1)
-    return columns.new_zeros(steps, columns.shape[1]).index_add(0, k.flatten(), columns)
-
-
-def step_means(sums: list[float], names: tuple[str, ...]) -> dict[str, float]:
-    """Metrics per denoising step, update/<name>_k<step>, from the flattened sums of `per_step`."""
-    metrics, width = {}, len(names) + 1
-    for k in range(len(sums) // width):
-        *figures, count = sums[k * width : (k + 1) * width]
-        metrics |= {f"update/{name}_k{k}": value / max(count, 1.0) for name, value in zip(names, figures)}
-    return metrics
-
-
-def explained_variance(target: list[float], error: list[float], n: float) -> float:
-    """1 - var(error) / var(target), from sums and sums of squares; 0 where the targets are all alike."""
-    spread, rest = (square / n - (total / n) ** 2 for total, square in (target, error))
-    return 1 - rest / spread if spread > 1e-8 else 0.0
-
-
 def wilson_interval(successes: float, episodes: float, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a success rate (Wilson 1927), fractions in [0, 1]; z = 1.96 covers 95%.
 
@@ -386,458 +305,171 @@ def wilson_interval(successes: float, episodes: float, z: float = 1.96) -> tuple
     return 0.0 if successes == 0 else centre - half, 1.0 if successes == episodes else centre + half
 
 
-def success_text(result: dict[str, float]) -> str:
-    """A success rate with its interval, in words; `result` as an evaluation returns it, empty without one."""
-    return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result) if result else "not measured"
+def seeded_generator(device: Any, *seeds: int) -> Any:
+    """A torch.Generator of its own for every tuple of seeds."""
+    import numpy as np
+    import torch
+
+    entropy = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(entropy)
 
 
-# ---------------------------------------------------------------- files
+class Noise:
+    """Random numbers that do not depend on how environments are split: every rank draws all rows and keeps its own."""
 
+    def __init__(self, device: Any, ranks: Ranks, *seeds: int):
+        self.generator = seeded_generator(device, *seeds)
+        self.device, self.ranks = device, ranks
 
-def atomic_write(path: str | Path, writer: Callable[[Path], Any]) -> None:
-    """`writer(tmp)` fills a temporary file in the same folder, which is synced to disk and renamed over `path`.
+    def own(self, x: Tensor) -> Tensor:
+        n = len(x) // self.ranks.world
+        return x[self.ranks.rank * n : (self.ranks.rank + 1) * n]
 
-    A reader, or a run killed at any moment, sees the old file or the new one, never half of one. If the writer fails
-    (disk full) the temporary file is removed, the old file stays, and the error propagates. `tmp` keeps the suffix of
-    `path`, so savers that go by the suffix work: `atomic_write("model.pt", lambda tmp: torch.save(state, tmp))`.
-    """
-    path = Path(path)
-    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        writer(tmp)
-        with open(tmp, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-
-
-def atomic_write_text(path: str | Path, text: str) -> None:
-    """`atomic_write` of UTF-8 text."""
-    atomic_write(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
-
-
-def _plain(x: Any) -> Any:
-    """What JSON can hold: non-finite numbers become null, tensors and numpy arrays lists, the unknown its str."""
-    if x is None or isinstance(x, (bool, int, str)):
-        return x
-    if isinstance(x, float):
-        return x if math.isfinite(x) else None
-    if isinstance(x, dict):
-        return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple, set)):
-        return [_plain(v) for v in x]
-    return _plain(x.tolist()) if hasattr(x, "tolist") else str(x)
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole objects of a .jsonl file; a line cut short by SIGKILL or a full disk is passed over."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("iteration"), int):
-                rows.append(row)
-    return rows
-
-
-def _git(folder: Path, *command: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _device_name(device: Any) -> str:
-    if str(device).startswith("cuda"):
+    def normal(self, n: int, *shape: int) -> Tensor:
+        """(n, *shape) standard normal numbers."""
         import torch
 
-        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else str(device)
-    with contextlib.suppress(OSError, StopIteration):  # platform.processor() is empty or just "x86_64" on Linux
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
+        return self.own(torch.randn(n * self.ranks.world, *shape, generator=self.generator, device=self.device))
+
+    def integers(self, n: int, high: int) -> Tensor:
+        """(n,) int64 in [0, high)."""
+        import torch
+
+        return self.own(torch.randint(high, (n * self.ranks.world,), generator=self.generator, device=self.device))
 
 
-PACKAGES = "torch triton isaaclab newton warp-lang mujoco mujoco-warp transformers numpy wandb".split()
+# ---------------------------------------------------------------- several processes
 
 
-def _provenance(script: Path, device: Any) -> dict[str, Any]:
-    """Where a run came from. No host name, no user: a run folder may be published."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    status = _git(script.parent, "status", "--porcelain")
-    return {
-        "git_sha": _git(script.parent, "rev-parse", "HEAD"),
-        "git_dirty": None if status is None else bool(status),
-        "python": platform.python_version(),
-        "packages": versions,
-        "device": str(device),
-        "device_name": _device_name(device),
-        "cpu_count": os.cpu_count(),
-        "platform": platform.platform(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+class Ranks(NamedTuple):
+    """This process among those of torchrun; 0 of 1 without it."""
+
+    rank: int
+    world: int
+
+    @classmethod
+    def start(cls, device: str) -> Ranks:
+        """Joins the process group that torchrun describes (gloo on a CPU, NCCL on GPUs), until the process ends."""
+        ranks = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        if device.startswith("cuda"):
+            import torch
+
+            torch.cuda.set_device(device)
+        if ranks.world > 1:
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo" if device == "cpu" else "nccl")
+            atexit.register(dist.destroy_process_group)
+        return ranks
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, everywhere."""
+        return self.gather(value)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in order."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def reduce(self, x: Tensor, maximum: bool = False) -> Tensor:
+        """Sum (or maximum) of a tensor over the ranks, in place."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(x, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
+        return x
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sums gradients over the ranks in one message; a rank without samples counts as zero."""
+        if self.world == 1:
+            return
+        import torch
+
+        parameters = list(parameters)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self.reduce(torch.cat([g.flatten() for g in grads]))
+        for p, g in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
+            p.grad = g.view_as(p).clone()
 
 
-# ---------------------------------------------------------------- logging
+# ---------------------------------------------------------------- logging: figures of an iteration
 
 
-def _si(x: float) -> str:
-    """12345 -> 12.3k: three digits and a prefix."""
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(x) >= limit:
-            return f"{x / limit:.3g}{suffix}"
-    return f"{x:.3g}"
+class Metrics:
+    """An iteration's figures, on the device until `read`, which makes one transfer to the host.
 
-
-def _hms(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
-
-
-# metric key, label on the terminal, format: what the display shows, in this order; absent keys are left out
-FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("env_steps", "steps", _si),
-    ("sps/env", "env/s", _si),
-    ("sps/policy", "+policy/s", _si),
-    ("sps/train", "+train/s", _si),
-    ("rollout/success", "success", lambda x: f"{x:.3f}"),
-    ("eval/ode_success", "eval", lambda x: f"{x:.3f}"),
-    ("rollout/return", "return", lambda x: f"{x:.4g}"),
-    ("rollout/length", "length", lambda x: f"{x:.0f}"),
-    ("eval/return", "eval", lambda x: f"{x:.4g}"),
-    ("update/kl", "KL", lambda x: f"{x:.2g}"),
-    ("update/kl_base", "KL", lambda x: f"{x:.2g}"),
-    ("update/clip_frac", "clip", lambda x: f"{x:.3f}"),
-    ("update/loss", "loss", lambda x: f"{x:.3g}"),
-    ("time/elapsed", "elapsed", _hms),
-)
-# title of a panel of curves.png, and the metric keys drawn in it; a panel without data is left out
-PANELS: tuple[tuple[str, dict[str, str]], ...] = (
-    ("success", {"rollout/success": "rollout (SDE)", "eval/ode_success": "eval (ODE)"}),
-    ("return", {"rollout/return": "exploring policy", "eval/return": "deterministic policy"}),
-    ("KL of an update", {"update/kl": "KL"}),
-    ("learning rate", {"update/learning_rate": "learning rate"}),
-    ("explained variance of the value", {"update/explained_variance": "explained variance"}),
-    ("KL to base", {"update/kl_base": "KL"}),
-    ("clip fraction", {"update/clip_frac": "clip"}),
-    ("groups without variance", {"rollout/zero_variance_share": "share"}),
-    ("loss", {"update/loss": "loss"}),
-    ("steps per second", {"sps/env": "env", "sps/policy": "env + policy", "sps/train": "everything"}),
-)
-
-
-def _wandb_mode() -> str:
-    """WANDB_MODE if set; online when a login lies ready; else offline. No network, no prompt."""
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    for file in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(os.path.expanduser(file)).authenticators(host):
-                return "online"
-    return "offline"
-
-
-class RunLogger:
-    """All logging of one run, in `run_dir`: args.json, provenance.json, source/, log.txt, metrics.jsonl, curves.png,
-    videos/, summary.json, W&B's files. The terminal gets a live block, or one plain line an iteration when piped.
-
-    Iterations count from 0 and `resume_iteration` is the first one still to run. On resume (> 0) metrics.jsonl is cut
-    back to the rows before it and the W&B run is continued; a fresh start moves an old metrics.jsonl aside.
-    Rates, in steps per second: `sps/env` = env steps over env time, `sps/policy` = over env + policy time,
-    `sps/train` = over everything. `eval/episodes` beside `eval/ode_success` gives the curve its Wilson band.
-    W&B never stops training: what it raises becomes one event line and the run goes on without it.
-    With `is_main=False` (ranks other than 0) every method does nothing. Raises OSError if `run_dir` is not writable.
+        log.mean("update/clip_frac", outside)     # mean over all samples of all calls, on all ranks
+        log.sum("rollout/samples", valid)
+        log.max("update/grad_norm", norm)
+        log.read()                                # {"update/clip_frac": 0.1, ...}
     """
 
-    def __init__(
-        self,
-        run_dir: str | Path,
-        args: dict[str, Any],
-        *,
-        script: str | Path,
-        total_iterations: int,
-        track: bool = True,
-        wandb_project: str = "robot-rl",
-        resume_iteration: int = 0,
-        is_main: bool = True,
-        device: Any = "cpu",
-        sources: Iterable[str | Path] = (),
-        console: Any = None,  # a rich Console; None: the terminal, if there is one
-    ) -> None:
-        self.run_dir, self.is_main = Path(run_dir), is_main
-        self.total_iterations, self.resume_iteration = total_iterations, resume_iteration
-        self.wandb: Any = None
-        self._live: Any = None
-        self._latest: dict[str, float] = {}  # last value of every metric: evaluations come every few iterations
-        self._start = time.monotonic()
-        if not is_main:
-            return
-        try:
-            self._prepare(args, Path(script).resolve(), device, sources)
-        except OSError as e:
-            code = e.errno or errno.EIO
-            raise OSError(code, f"cannot write the run directory {self.run_dir}: {e.strerror or e}") from e
-        self._out = sys.stdout  # kept: what a simulator prints at start-up may be sent elsewhere
-        if console is None and self._out.isatty():
-            from rich.console import Console
+    def __init__(self, device: Any, ranks: Ranks):
+        self.device, self.ranks = device, ranks
+        self._tables: dict[str, dict[str, Any]] = {"mean": {}, "sum": {}, "max": {}}
 
-            console = Console(file=self._out)
-        self._console = console
-        self._handler = logging.Handler()  # the kernels' "which path" lines become events
-        self._handler.emit = lambda record: self.event(record.getMessage())  # type: ignore[method-assign]
-        self._heard: list[logging.Logger] = []
-        self.listen("common")
-        if track:
-            self._start_wandb(args, wandb_project)
+    def _add(self, kind: str, name: str, x: Tensor) -> None:
+        old = self._tables[kind].get(name)
+        self._tables[kind][name] = x if old is None else old.maximum(x) if kind == "max" else old + x
 
-    def _prepare(self, args: dict[str, Any], script: Path, device: Any, sources: Iterable[str | Path]) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        # a resume keeps what the run began with and puts its own args, sources and versions beside it
-        resumed = self.resume_iteration > 0 and (self.run_dir / "args.json").exists()
-        suffix = f".resume{self.resume_iteration}" if resumed else ""
-        command = shlex.join(sys.orig_argv)
-        written = {"args": {"command": command, "args": args}, "provenance": _provenance(script, device)}
-        for name, content in written.items():
-            atomic_write_text(self.run_dir / f"{name}{suffix}.json", json.dumps(_plain(content), indent=2) + "\n")
-        folder = self.run_dir / f"source{suffix}"
-        folder.mkdir(exist_ok=True)
-        for file in {script, Path(__file__).resolve(), *(Path(s).resolve() for s in sources)}:
-            shutil.copyfile(file, folder / file.name)
-        path = self.run_dir / "metrics.jsonl"
-        if self.resume_iteration > 0:
-            rows = [row for row in _json_lines(path) if row["iteration"] < self.resume_iteration]
-            atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        elif path.exists() and path.stat().st_size:
-            os.replace(path, path.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S')}.old.jsonl"))
-        self._metrics = open(path, "a", encoding="utf-8")
-        self._log = open(self.run_dir / "log.txt", "a", encoding="utf-8")
-
-    # ------------------------------------------------ W&B
-
-    def _start_wandb(self, args: dict[str, Any], project: str) -> None:
-        id_file, mode = self.run_dir / "wandb_id.txt", _wandb_mode()
-        for attempt in (mode, "offline") if mode == "online" else (mode,):
-            try:
-                import wandb
-
-                old = self.resume_iteration > 0 and id_file.exists()
-                run_id = id_file.read_text().strip() if old else secrets.token_hex(4)
-                os.environ.setdefault("WANDB_SILENT", "true")  # settings come too late for some lines
-                self.wandb = wandb.init(
-                    project=project, name=self.run_dir.name, id=run_id, dir=str(self.run_dir), config=_plain(args),
-                    mode=attempt, resume="allow" if attempt == "online" else None,
-                    settings=wandb.Settings(silent=True, console="off", init_timeout=60),
-                )  # fmt: skip
-                # W&B's own step must rise, which a resume breaks; an axis of our own does not have to
-                self.wandb.define_metric("iteration")
-                self.wandb.define_metric("*", step_metric="iteration")
-                atomic_write_text(id_file, run_id + "\n")
-                return
-            except Exception as e:  # any failure of a tracker is less bad than a lost run
-                self.wandb = None
-                self.event(f"W&B ({attempt}) did not start: {type(e).__name__}: {e}")
-
-    def _wandb_do(self, act: Callable[[Any], Any]) -> None:
-        if self.wandb is not None:
-            try:
-                act(self.wandb)
-            except Exception as e:
-                self.wandb = None
-                self.event(f"W&B failed, the run goes on without it: {type(e).__name__}: {e}")
-
-    def listen(self, *names: str) -> None:
-        """Shows the log lines (INFO and above) of modules as events."""
-        for name in names if self.is_main else ():
-            source = logging.getLogger(name)
-            source.addHandler(self._handler)
-            source.setLevel(logging.INFO)
-            source.propagate = False
-            self._heard.append(source)
-
-    # ------------------------------------------------ during the run
-
-    def event(self, message: str) -> None:
-        """One line to the terminal (above the live block) and, with the time, to log.txt."""
-        if not self.is_main:
-            return
-        if not self._log.closed:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-            self._log.flush()
-        if self._console is not None:
-            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(message, file=self._out, flush=True)
-
-    def log(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Metrics of one iteration to metrics.jsonl (flushed), W&B and the terminal. 0-d tensors are read."""
-        if not self.is_main:
-            return
-        numbers = {key: float(x) for key, x in metrics.items() if x is not None and key != "iteration"}
-        self._metrics.write(json.dumps({"iteration": int(iteration), **_plain(numbers)}) + "\n")
-        self._metrics.flush()
-        self._wandb_do(lambda run: run.log({"iteration": int(iteration), **numbers}))
-        shown = {"iteration": float(iteration), **numbers}
-        self._latest.update(shown)
-        if self._console is None:
-            print("  ".join(f"{label} {text}" for label, text in self._fields(shown)), file=self._out, flush=True)
-        elif self._live is None:  # only now: the simulator's start-up noise would tear the block
-            from rich.live import Live
-
-            self._live = Live(get_renderable=self._block, console=self._console, refresh_per_second=1)
-            self._live.start(refresh=True)
-            atexit.register(self._live.stop)  # an exception must not leave the cursor hidden
-        else:
-            self._live.refresh()
-
-    def _fields(self, metrics: dict[str, float]) -> list[tuple[str, str]]:
-        """(label, text) of everything the terminal shows."""
-        done = int(metrics["iteration"]) + 1
-        fields = [("iteration", f"{done}/{self.total_iterations}")]
-        for key, label, form in FIELDS:
-            if key in metrics:
-                x = metrics[key]
-                fields.append((label, form(x) if math.isfinite(x) else str(x)))
-        here = done - self.resume_iteration  # iterations of this process
-        if here > 0:
-            seconds = (time.monotonic() - self._start) / here * max(self.total_iterations - done, 0)
-            fields.append(("ETA", _hms(seconds)))
-        return fields
-
-    def _block(self) -> Any:
-        from rich.panel import Panel
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
-        fields = self._fields(self._latest)
-        table = Table.grid(padding=(0, 2), expand=True)
-        for _ in range(4):
-            table.add_column(ratio=1)
-        cells = [f"[dim]{label}[/] [bold]{text}[/]" for label, text in fields]
-        for i in range(0, len(cells), 4):
-            table.add_row(*cells[i : i + 4])
-        whole = Table.grid(expand=True)
-        whole.add_row(ProgressBar(total=max(self.total_iterations, 1), completed=self._latest["iteration"] + 1))
-        whole.add_row(table)
-        return Panel(whole, title=self.run_dir.name)
-
-    # ------------------------------------------------ artifacts
-
-    def curve_png(self) -> None:
-        """Learning curves of metrics.jsonl (the whole run, resumes included) against env_steps -> curves.png."""
-        if not self.is_main:
-            return
-        from matplotlib.figure import Figure  # no pyplot: no global state, Agg without asking
-
-        rows = _json_lines(self.run_dir / "metrics.jsonl")
-        panels = [(t, k) for t, k in PANELS if any(row.get(key) is not None for row in rows for key in k)]
-        if not panels:
-            return
-        axis = "env_steps" if any("env_steps" in row for row in rows) else "iteration"
-        figure = Figure(figsize=(10, 3 * math.ceil(len(panels) / 2)), layout="constrained")
-        axes = list(figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False).flat)
-        for ax, (title, keys) in zip(axes, panels, strict=False):
-            for key, label in keys.items():
-                points = [row for row in rows if row.get(key) is not None and row.get(axis) is not None]
-                x, y = [row[axis] for row in points], [row[key] for row in points]
-                (line,) = ax.plot(x, y, label=label, marker="." if len(x) < 30 else None)
-                if key == "eval/ode_success" and all(row.get("eval/episodes") for row in points):
-                    n = [row["eval/episodes"] for row in points]
-                    band = [wilson_interval(min(max(p, 0), 1) * m, m) for p, m in zip(y, n, strict=True)]
-                    low, high = zip(*band, strict=True) if band else ((), ())
-                    ax.fill_between(x, low, high, alpha=0.2, color=line.get_color(), label="95% (Wilson)")
-            ax.set(title=title, xlabel="env steps" if axis == "env_steps" else axis)
-            ax.grid(alpha=0.3)
-            if len(keys) > 1:
-                ax.legend(fontsize="small")
-        for ax in axes[len(panels) :]:
-            ax.axis("off")
-        atomic_write(self.run_dir / "curves.png", lambda tmp: figure.savefig(tmp, dpi=120))
-
-    def save_gif(self, name: str, frames: Any, success: Any, success_step: Any = None, fps: float = 10) -> Path | None:
-        """Tile a group's rollouts into one looping GIF -> videos/<name>.gif, and W&B. Returns its path.
+    def mean(self, name: str, x: Tensor, where: Tensor | None = None, by: tuple[Tensor, int] | None = None) -> None:
+        """Mean of x, of any shape.
 
         Args:
-            frames: uint8 (F, N, H, W, 3), a tensor or an array; enlarged by whole numbers until a tile is >= 128 px.
-            success: (N,) bool. The tile's border is green once it has succeeded.
-            success_step: (N,) frame of the first success; without it a successful tile is green from the start.
-        Raises ValueError for other shapes or types.
+            where: bool, of x's shape: what counts; all by default.
+            by: (groups, number of groups), int64 of x's shape: logs the mean of each group as <name>_k<group>, too.
         """
-        if not self.is_main:
-            return None
-        import numpy as np
-        from PIL import Image
+        import torch
 
-        frames, success, success_step = (
-            x.detach().cpu().numpy() if hasattr(x, "detach") else x for x in (frames, success, success_step)
-        )
-        frames, success = np.asarray(frames), np.asarray(success, dtype=bool)
-        if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
-            raise ValueError(f"save_gif: frames must be uint8 (F, N, H, W, 3), not {frames.dtype} {frames.shape}")
-        F, N, H, W, _ = frames.shape
-        since = np.zeros(N, dtype=int) if success_step is None else np.asarray(success_step)
-        if success.shape != (N,) or since.shape != (N,):
-            raise ValueError(f"save_gif: success {success.shape} and success_step {since.shape} must be ({N},)")
-        columns = math.ceil(math.sqrt(N))
-        rows, scale = math.ceil(N / columns), math.ceil(128 / min(H, W, 128))
-        edge = max(2, min(H, W) * scale // 32)
+        x = x.detach().float()
+        count = torch.ones_like(x) if where is None else where.float()
+        x = x if where is None else torch.where(where, x, 0.0)
+        both = torch.stack([x.reshape(-1), count.reshape(-1)])  # (2, n)
+        self._add("mean", name, both.sum(1, keepdim=True))
+        if by is not None:
+            self._add("mean", f"{name}_k", both.new_zeros(2, by[1]).index_add(1, by[0].reshape(-1), both))
 
-        def grid(f: int) -> Image.Image:  # one frame at a time: the enlarged clip may not fit in memory
-            tiles = frames[f].repeat(scale, axis=1).repeat(scale, axis=2)  # (N, h, w, 3)
-            border = np.ones(tiles.shape[1:3], dtype=bool)
-            border[edge:-edge, edge:-edge] = False
-            green = success & (since >= 0) & (f >= since)
-            tiles[:, border] = np.where(green[:, None, None], (0, 200, 0), (40, 40, 40)).astype(np.uint8)
-            h, w = tiles.shape[1:3]
-            canvas = np.zeros((rows * columns, h, w, 3), dtype=np.uint8)
-            canvas[:N] = tiles
-            canvas = canvas.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3)
-            return Image.fromarray(canvas).quantize(128)
+    def sum(self, name: str, x: Tensor) -> None:
+        """Sum of x, of any shape."""
+        self._add("sum", name, x.detach().float().sum().reshape(1))
 
-        path = self.run_dir / "videos" / f"{name}.gif"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        later, ms = (grid(f) for f in range(1, F)), round(1000 / fps)
-        atomic_write(path, lambda tmp: grid(0).save(tmp, save_all=True, append_images=later, duration=ms, loop=0))
+    def max(self, name: str, x: Tensor) -> None:
+        """Largest number of x, of any shape."""
+        self._add("max", name, x.detach().float().max().reshape(1))
 
-        def upload(run: Any) -> None:
-            import wandb
+    def read(self) -> dict[str, float]:
+        """Everything as numbers, the same on every rank; a mean over nothing is left out.
 
-            run.log({"iteration": int(self._latest.get("iteration", 0)), f"video/{name}": wandb.Video(str(path))})
+        Raises SystemExit where a number is not finite: what is saved is from before.
+        """
+        import torch
 
-        self._wandb_do(upload)
-        return path
-
-    def summary(self, result: dict[str, Any]) -> None:
-        """The run's final figures -> summary.json (atomic) and W&B's summary."""
-        if not self.is_main:
-            return
-        plain = _plain(result)
-        atomic_write_text(self.run_dir / "summary.json", json.dumps(plain, indent=2) + "\n")
-        self._wandb_do(lambda run: run.summary.update(plain))
-
-    def close(self) -> None:
-        """Stops the display, finishes W&B, closes the files. A second call does nothing."""
-        if not self.is_main or self._metrics.closed:
-            return
-        if self._live is not None:
-            self._live.stop()
-            atexit.unregister(self._live.stop)
-        self._wandb_do(lambda run: run.finish())
-        self.wandb = None
-        for source in self._heard:
-            source.removeHandler(self._handler)
-        self._metrics.close()
-        self._log.close()
+        shapes: dict[str, dict[str, Any]] = {kind: {} for kind in self._tables}
+        for other in self.ranks.gather({k: {n: tuple(x.shape) for n, x in t.items()} for k, t in self._tables.items()}):
+            for kind, found in other.items():  # a rank without samples lacks some
+                shapes[kind] |= found
+        flat = {}
+        for kind, empty in (("mean", 0.0), ("sum", 0.0), ("max", -math.inf)):
+            own = [self._tables[kind].get(n, torch.full(s, empty, device=self.device)) for n, s in sorted(shapes[kind].items())]
+            flat[kind] = torch.cat([x.flatten() for x in own]) if own else torch.zeros(0, device=self.device)
+        sums = self.ranks.reduce(torch.cat([flat["mean"], flat["sum"]]))
+        host = iter(torch.cat([sums, self.ranks.reduce(flat["max"], maximum=True)]).tolist())  # the transfer
+        metrics = {}
+        for name, (_, groups) in sorted(shapes["mean"].items()):
+            totals, counts = ([next(host) for _ in range(groups)] for _ in range(2))
+            for i, (total, count) in enumerate(zip(totals, counts)):
+                if count:
+                    metrics[f"{name}{i}" if name.endswith("_k") else name] = total / count
+        metrics |= {name: next(host) for kind in ("sum", "max") for name in sorted(shapes[kind])}
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise SystemExit(f"{', '.join(bad)} became nan or inf: lower --learning-rate or --clip, then --resume")
+        return metrics
 
 
 class StageTimer:
@@ -890,6 +522,98 @@ def peak_memory_gb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+# ---------------------------------------------------------------- logging: a run's folder
+
+
+def pick_device(device: str) -> str:
+    """The device that `--device` asks for: cpu, cuda:N; every rank of torchrun gets its own GPU."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise SystemExit(f"--device {device}: must be cpu, cuda, cuda:N or auto")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"--device {device}: torch sees no CUDA GPU here; use --device cpu")
+    if device == "cuda" or (device != "cpu" and "LOCAL_RANK" in os.environ):  # torchrun says which one
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return device
+
+
+def check_positive(**numbers: float | None) -> None:
+    """Refuses numbers, by the names of their flags, that are not greater than 0 and finite; None passes."""
+    for name, value in numbers.items():
+        if value is not None and not 0 < value < math.inf:
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be greater than 0, and finite")
+
+
+def run_name(exp_name: str | None, *parts: Any, resume: str | None = None) -> str:
+    """The name of a run's folder: --exp-name, that of the run to resume, or one made of `parts` and the time."""
+    if resume:
+        return Path(resume).resolve().name
+    if exp_name is None:
+        name = own = "__".join(str(part) for part in (*parts, time.strftime("%Y%m%d-%H%M%S")))
+        for i in range(2, 1000):  # another of the same second
+            if not (Path("runs") / name).exists():
+                break
+            name = f"{own}_{i}"
+        return name
+    if not re.fullmatch(r"[\w.+=@-]+", exp_name) or not exp_name.strip("."):
+        raise SystemExit(f"--exp-name {exp_name}: is the name of a folder under runs/: letters, digits and .+=@_- only")
+    if (Path("runs") / exp_name / "metrics.jsonl").exists():
+        raise SystemExit(f"--exp-name {exp_name}: that run exists; take another name or --resume runs/{exp_name}")
+    return exp_name
+
+
+def saved_args[T](resume: str, kind: type[T]) -> T:
+    """The arguments of the run to resume, as an instance of the dataclass `kind`."""
+    folder = Path(resume)
+    files = sorted(folder.glob("args*.json"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise SystemExit(f"--resume {resume}: no args.json there; name a folder like runs/<name>")
+    if latest_checkpoint(folder) is None:
+        raise SystemExit(f"--resume {resume}: it has no complete checkpoint yet; start the run again")
+    try:
+        saved = json.loads(files[-1].read_text())["args"]
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        return kind(**saved | {"resume": resume})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise SystemExit(
+            f"--resume {resume}: its {files[-1].name} is not of this version of the script ({error}); "
+            "start a run with --checkpoint <one of its checkpoints>"
+        ) from error
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    found = sorted((run_dir / "checkpoints").glob("step_*/trainer_state.pt"))
+    return found[-1].parent if found else None
+
+
+def success_text(result: dict[str, float]) -> str:
+    """A success rate with its interval, in words; `result` as an evaluation returns it, empty without one."""
+    return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result) if result else "not measured"
+
+
+def atomic_write(path: str | Path, writer: Callable[[Path], Any]) -> None:
+    """`writer(tmp)` fills a temporary file in the same folder, which is synced to disk and renamed over `path`.
+
+    A reader, or a run killed at any moment, sees the old file or the new one, never half of one. If the writer fails
+    (disk full) the temporary file is removed, the old file stays, and the error propagates. `tmp` keeps the suffix of
+    `path`, so savers that go by the suffix work: `atomic_write("model.pt", lambda tmp: torch.save(state, tmp))`.
+    """
+    path = Path(path)
+    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        writer(tmp)
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+
+
 def replace_folder(target: str | Path, write: Callable[[Path], Any]) -> None:
     """Fills a new folder with `write(folder)` and moves it to `target`; a failure leaves the old one whole.
 
@@ -913,329 +637,497 @@ def replace_folder(target: str | Path, write: Callable[[Path], Any]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-# ---------------------------------------------------------------- command line and checkpoints
+def plain(x: Any) -> Any:
+    """What JSON can hold: non-finite numbers become null, tensors and numpy arrays lists, the unknown its str."""
+    if x is None or isinstance(x, (bool, int, str)):
+        return x
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    if isinstance(x, dict):
+        return {str(k): plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple, set)):
+        return [plain(v) for v in x]
+    return plain(x.tolist()) if hasattr(x, "tolist") else str(x)
 
 
-class UsageError(Exception):
-    """Bad input: one line that names the flag and the remedy."""
+def write_json(path: Path, content: Any) -> None:
+    atomic_write(path, lambda tmp: tmp.write_text(json.dumps(plain(content), indent=2) + "\n", encoding="utf-8"))
 
 
-def pick_device(device: str) -> str:
-    """The device that `--device` asks for: cpu, cuda:N; every rank of torchrun gets its own GPU.
-
-    Raises:
-        UsageError: no such device.
-    """
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UsageError(f"--device {device}: must be cpu, cuda, cuda:N or auto")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: torch sees no CUDA GPU here; use --device cpu")
-    if device == "cuda" or (device != "cpu" and "LOCAL_RANK" in os.environ):  # torchrun says which one
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return device
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole objects of a .jsonl file; a line cut short by SIGKILL or a full disk is passed over."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("iteration"), int):
+                rows.append(row)
+    return rows
 
 
-def check_numbers(args: Any, positive: str, not_negative: str, shares: str = "") -> None:
-    """Refuses numbers out of range, of the fields that the strings name; None passes.
-
-    Args:
-        shares: numbers from 0 to 1.
-
-    Raises:
-        UsageError: names the flag.
-    """
-    ranges = (
-        (positive, lambda x: 0 < x < math.inf, "greater than 0, and finite"),
-        (not_negative, lambda x: 0 <= x < math.inf, "0 or more, and finite"),
-        (shares, lambda x: 0 <= x <= 1, "from 0 to 1"),
-    )
-    for names, fits, words in ranges:
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not fits(value):
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be {words}")
+PACKAGES = "torch triton isaaclab newton warp-lang mujoco mujoco-warp transformers tensordict numpy wandb".split()
 
 
-def check_ranks(args: Any, *names: str) -> None:
-    """Refuses a number that torchrun's processes cannot share evenly.
+def provenance(folder: Path, device: Any) -> dict[str, Any]:
+    """Where a run came from. No host name, no user: a run folder may be published."""
 
-    Raises:
-        UsageError: names the flag and what it must be.
-    """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in names:
-        if getattr(args, name) % world:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise UsageError(f"{flag}: must be a multiple of {world} ranks")
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
 
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    name = platform.processor() or platform.machine()
+    if str(device).startswith("cuda"):
+        import torch
 
-def run_name(args: Any, stem: str) -> str:
-    """--exp-name, or one made from script, task, seed and time.
-
-    Raises:
-        UsageError: that run exists.
-    """
-    stem = "eval" if args.evaluate else stem
-    name = own = args.exp_name or f"{stem}__{args.task}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    while not args.exp_name and (Path("runs") / name).exists():  # another of the same second
-        name = f"{own}_{int(name.removeprefix(own + '_')) + 1 if name != own else 2}"
-    resume = getattr(args, "resume", None)
-    if not resume and (Path("runs") / name / "metrics.jsonl").exists():
-        remedy = f" or --resume runs/{name}" if hasattr(args, "resume") else ""
-        raise UsageError(f"--exp-name {name}: that run exists; take another name{remedy}")
-    return name
-
-
-def resumed_args(args: Any) -> Any:
-    """The arguments of the run to go on with.
-
-    Raises:
-        UsageError: there is none, or a flag contradicts them.
-    """
-    file = Path(args.resume) / "args.json"
-    if not file.is_file():
-        raise UsageError(f"--resume {args.resume}: no args.json there; name a folder like runs/<name>")
-    try:
-        saved = json.loads(file.read_text())["args"]
-        saved = type(args)(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()} | {"resume": args.resume})
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UsageError(f"--resume {args.resume}: its args.json is not this script's ({error})") from error
-    for field in dataclasses.fields(args):
-        given, old = getattr(args, field.name), getattr(saved, field.name)
-        if field.name != "resume" and given != field.default and given != old:
-            flag = f"--{field.name.replace('_', '-')}"
-            raise UsageError(f"{flag} {given}: the run to resume has {old}; leave the flag out or start a new run")
-    if latest_checkpoint(Path(args.resume)) is None:
-        raise UsageError(f"--resume {args.resume}: it has no complete checkpoint yet; start the run again")
-    return saved
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    found = sorted((run_dir / "checkpoints").glob("step_*/trainer_state.pt"))
-    return found[-1].parent if found else None
-
-
-def load_run(args: Any, run_dir: Path, load: Callable[[Path], Any]) -> dict | None:
-    """What `save_checkpoint` wrote last, for --resume: `load(folder)` takes the policy, the rest is returned.
-
-    Raises:
-        UsageError: the checkpoint is damaged.
-    """
-    if not args.resume:
-        return None
-    import torch
-
-    folder = latest_checkpoint(run_dir)
-    try:
-        load(folder)
-        return torch.load(folder / "trainer_state.pt", weights_only=True, map_location="cpu")
-    except Exception as error:  # torch.load has many kinds
-        raise UsageError(f"--resume {args.resume}: {folder.name} is damaged ({error!r}); remove it") from error
-
-
-def start_logger(args: Any, run_dir: Path, script: str, sources: list[Path], state: dict | None, ranks: Ranks) -> RunLogger:
-    """The run's logger; a resumed run goes on in its files.
-
-    Raises:
-        UsageError: the run's folder cannot be written.
-    """
-    try:
-        return RunLogger(
-            run_dir, dataclasses.asdict(args), script=script, total_iterations=args.iterations,
-            track=args.track, wandb_project=args.wandb_project,
-            resume_iteration=state["iteration"] if state else 0,
-            is_main=ranks.rank == 0,
-            device=args.device,
-            sources=sources,
-        )  # fmt: skip
-    except OSError as error:
-        raise UsageError(f"--exp-name {args.exp_name}: {error}") from error
-
-
-def save_checkpoint(args: Any, policy: Any, optimizer: Any, run: dict, name: str, logger: RunLogger) -> None:
-    """Writes runs/<run>/checkpoints/<name> whole or not at all, and drops outdated ones.
-
-    `policy.save(folder)` writes the policy; `run` and the optimizer's state go to trainer_state.pt, for --resume.
-    """
-    import torch
-
-    if not logger.is_main:
-        return
-
-    def write(partial: Path) -> None:
-        policy.save(partial)
-        if optimizer is not None:
-            torch.save({**run, "optimizer": optimizer.state_dict()}, partial / "trainer_state.pt")
-
-    folder = logger.run_dir / "checkpoints"
-    try:
-        replace_folder(folder / name, write)
-    except Exception as error:  # a full disk, in whatever words the writer has for it: hours of training go on
-        logger.event(f"checkpoint {name} could not be written, earlier ones are kept: {error}")
-        return
-    for outdated in sorted(folder.glob("step_*"))[: -args.keep_checkpoints]:
-        shutil.rmtree(outdated)
-
-
-def check_finite(metrics: dict[str, float], iteration: int, logger: RunLogger, tolerance: float = math.inf) -> None:
-    """Stops a run that went wrong; the last checkpoint is from before.
-
-    Args:
-        tolerance: of the first minibatch's ratio, which is 1 where nothing has been learned yet.
-
-    Raises:
-        UsageError: a number is not finite, or the first ratio is not 1.
-    """
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        logger.event(f"not finite in iteration {iteration}: {', '.join(bad)}; stopped, earlier checkpoints are kept")
-        raise UsageError(f"{', '.join(bad)} became nan or inf: lower --learning-rate or --clip and --resume")
-    error = metrics.get("update/first_ratio_error", 0.0)
-    if error > tolerance:
-        raise UsageError(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
-
-
-def steps_per_second(steps: int, seconds: dict[str, float]) -> dict[str, float]:
-    """Environment steps per second of the simulator alone, with the policy, and with everything."""
-    env, policy = seconds["env"], seconds["policy"]
-    return {"env": steps / env, "policy": steps / (env + policy), "train": steps / sum(seconds.values())}
-
-
-def close_iteration(run: dict[str, Any], timer: StageTimer, iteration: int, steps: int) -> dict[str, float]:
-    """Counts an iteration of so many environment steps as done in `run`; returns what it took, for the log."""
-    seconds = timer.seconds()
-    run["iteration"] = iteration + 1
-    run["stages"] = {name: value + run["stages"].get(name, 0.0) for name, value in seconds.items()}
-    speeds = {f"sps/{name}": value for name, value in steps_per_second(steps, seconds).items()}
-    return {"env_steps": (iteration + 1) * steps, **speeds, **{f"time/{name}": value for name, value in seconds.items()}}
-
-
-def run_summary(args: Any, algorithm: str, run: dict[str, Any], steps: int, ranks: Ranks) -> dict[str, Any]:
-    """What every run's summary.json begins with; `steps` are the environment steps of one iteration."""
-    names = ("task", "seed", "iterations", "device", "checkpoint", "num_envs")
+        name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else str(device)
+    else:
+        with contextlib.suppress(OSError, StopIteration):  # platform.processor() is empty or just "x86_64" on Linux
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    status = git("status", "--porcelain")
     return {
-        "algorithm": algorithm,
-        **{name: getattr(args, name) for name in names},
-        "world_size": ranks.world,
-        "env_steps": args.iterations * steps,
-        "seconds": run["elapsed"],
-        "peak_memory_gb": peak_memory_gb(args.device),
-        "steps_per_second": steps_per_second(args.iterations * steps, run["stages"]),
+        "git_sha": git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "python": platform.python_version(),
+        "packages": versions,
+        "device": str(device),
+        "device_name": name,
+        "cpu_count": os.cpu_count(),
+        "platform": platform.platform(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
-# ---------------------------------------------------------------- several processes
+def si(x: float) -> str:
+    """12345 -> 12.3k: three digits and a prefix."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= limit:
+            return f"{x / limit:.3g}{suffix}"
+    return f"{x:.3g}"
 
 
-class Ranks(NamedTuple):
-    """This process among those of torchrun; 0 of 1 without it."""
+def hms(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
 
-    rank: int
-    world: int
 
-    @classmethod
-    def start(cls, device: str) -> Ranks:
-        """Joins the process group that torchrun describes: gloo on a CPU, NCCL on GPUs."""
-        ranks = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-        if device.startswith("cuda"):
+# metric key, label on the terminal, format: what the display shows, in this order; absent keys are left out
+FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("env_steps", "steps", si),
+    ("sps/env", "env/s", si),
+    ("sps/policy", "+policy/s", si),
+    ("sps/train", "+train/s", si),
+    ("rollout/success", "success", "{:.3f}".format),
+    ("eval/ode_success", "eval", "{:.3f}".format),
+    ("rollout/return", "return", "{:.4g}".format),
+    ("rollout/length", "length", "{:.0f}".format),
+    ("eval/return", "eval", "{:.4g}".format),
+    ("update/kl", "KL", "{:.2g}".format),
+    ("update/kl_base", "KL", "{:.2g}".format),
+    ("update/clip_frac", "clip", "{:.3f}".format),
+    ("update/loss", "loss", "{:.3g}".format),
+    ("time/elapsed", "elapsed", hms),
+)
+# title of a panel of curves.png, and the metric keys drawn in it; a panel without data is left out
+PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("success", {"rollout/success": "rollout (SDE)", "eval/ode_success": "eval (ODE)"}),
+    ("return", {"rollout/return": "exploring policy", "eval/return": "deterministic policy"}),
+    ("KL of an update", {"update/kl": "KL"}),
+    ("learning rate", {"update/learning_rate": "learning rate"}),
+    ("explained variance of the value", {"update/explained_variance": "explained variance"}),
+    ("KL to base", {"update/kl_base": "KL"}),
+    ("clip fraction", {"update/clip_frac": "clip"}),
+    ("groups without variance", {"rollout/zero_variance_share": "share"}),
+    ("loss", {"update/loss": "loss"}),
+    ("steps per second", {"sps/env": "env", "sps/policy": "env + policy", "sps/train": "everything"}),
+)
+
+
+class Run:
+    """A run's folder, runs/<name>: args.json, provenance.json, source/, log.txt, metrics.jsonl, curves.png, videos/,
+    checkpoints/, summary.json, W&B's files. The terminal gets a live block, or one plain line an iteration when piped.
+
+        with Run(vars(args), __file__, ranks, name, args.iterations, args.device) as run:
+            begin = run.restore(policy.load)     # 0 for a new run
+            run.log(iteration, metrics, timer.seconds(), steps)
+            run.save("step_000050", policy.save, optimizer)
+
+    Iterations count from 0. A resumed run goes on in the files of the old one: metrics.jsonl is cut back to the rows
+    before it, its own arguments, versions and sources lie beside the old ones. W&B never stops training: what it raises
+    becomes one event line, and the run goes on without it. WANDB_MODE=disabled leaves it out, WANDB_PROJECT names the
+    project. On ranks other than 0 only `state` and `restore` do something.
+
+    Attributes:
+        dir: the folder.
+        state: what a resumed run needs besides policy and optimizer; scripts may add to it.
+    """
+
+    def __init__(
+        self, args: dict[str, Any], script: str, ranks: Ranks, name: str, iterations: int, device: str, console: Any = None
+    ):
+        """
+        Args:
+            args: the arguments, recorded and never read.
+            script: __file__ of the script.
+            name: of the folder; rank 0's is taken.
+            iterations: of the whole run, for the display.
+            console: a rich Console; None: the terminal, if there is one.
+        """
+        self.dir, self.is_main, self.device = Path("runs") / ranks.broadcast(name), ranks.rank == 0, device
+        self.args, self.script, self.ranks, self.iterations = args, Path(script).resolve(), ranks, iterations
+        self.state: dict[str, Any] = {"iteration": 0, "elapsed": 0.0, "stages": {}, "best": -math.inf, "results": {}}
+        self.wandb: Any = None
+        self._live: Any = None
+        self._latest: dict[str, float] = {}  # last value of every metric: evaluations come every few iterations
+        self._optimizer: dict | None = None
+        self._out, self._console = sys.stdout, console  # kept: what a simulator prints is sent elsewhere
+        if console is None and self._out.isatty() and self.is_main:
+            from rich.console import Console
+
+            self._console = Console(file=self._out)
+
+    # ------------------------------------------------ beginning and end
+
+    def __enter__(self) -> Run:
+        self._resumed = latest_checkpoint(self.dir) if self.args.get("resume") else None
+        if self._resumed:
             import torch
 
-            torch.cuda.set_device(device)
-        if ranks.world > 1:
-            import torch.distributed as dist
+            try:
+                self.state = torch.load(self._resumed / "trainer_state.pt", weights_only=True, map_location="cpu")
+                self._optimizer = self.state.pop("optimizer")
+            except Exception as error:  # torch.load has many kinds
+                self._damaged(error)
+        self._start, self._begin = time.monotonic(), self.state["iteration"]
+        if not self.is_main:
+            return self
+        try:
+            self._prepare()
+        except OSError as error:
+            raise SystemExit(f"--exp-name {self.dir.name}: cannot write {self.dir} ({error.strerror or error})") from error
+        handler = logging.Handler()  # what the repo's own modules log becomes events
+        handler.emit = lambda record: self.event(record.getMessage())  # type: ignore[method-assign]
+        for name in ("common", "tasks", "gr00t_n1d5"):
+            logger = logging.getLogger(name)
+            logger.handlers, logger.propagate = [handler], False
+            logger.setLevel(logging.INFO)
+        if os.environ.get("WANDB_MODE") != "disabled":
+            self._start_wandb()
+        return self
 
-            dist.init_process_group("gloo" if device == "cpu" else "nccl")
-        return ranks
+    def _damaged(self, error: Exception) -> None:
+        raise SystemExit(f"--resume {self.dir}: {self._resumed.name} is damaged ({error!r}); remove it") from error
 
-    def stop(self) -> None:
-        """Leaves the process group."""
-        if self.world > 1:
-            import torch.distributed as dist
+    def _prepare(self) -> None:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        suffix = f".resume{self._begin}" if self._resumed else ""
+        write_json(self.dir / f"args{suffix}.json", {"command": shlex.join(sys.orig_argv), "args": self.args})
+        write_json(self.dir / f"provenance{suffix}.json", provenance(self.script.parent, self.device))
+        loaded = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+        own = {f for f in loaded if f.suffix == ".py" and f.is_relative_to(ROOT) and "site-packages" not in f.parts}
+        for file in {self.script, *own, *ROOT.glob("tasks/*.py")}:  # some of those are imported with the simulator
+            target = self.dir / f"source{suffix}" / (file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        path = self.dir / "metrics.jsonl"
+        if self._resumed:
+            rows = [json.dumps(row) + "\n" for row in json_lines(path) if row["iteration"] < self._begin]
+            atomic_write(path, lambda tmp: tmp.write_text("".join(rows), encoding="utf-8"))
+        self._metrics = open(path, "a", encoding="utf-8")
+        self._log = open(self.dir / "log.txt", "a", encoding="utf-8")
 
-            dist.destroy_process_group()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Stops the display, finishes W&B, closes the files."""
+        if not self.is_main:
+            return
+        if self._live is not None:
+            self._live.stop()
+        if error is not None:
+            self._write_log(f"stopped: {kind.__name__}: {error}")
+        self._wandb_do(lambda run: run.finish(exit_code=int(error is not None)))
+        self.wandb = None
+        self._metrics.close()
+        self._log.close()
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, everywhere."""
-        if self.world == 1:
-            return value
-        import torch.distributed as dist
+    def _start_wandb(self) -> None:
+        """Online for who is logged in, else offline; or as WANDB_MODE says."""
+        id_file = self.dir / "wandb_id.txt"
+        os.environ.setdefault("WANDB_SILENT", "true")  # settings come too late for some lines
+        for mode in (os.environ.get("WANDB_MODE"), "offline"):
+            try:
+                import wandb
 
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
+                mode = mode or ("online" if wandb.login(prompt=False) else "offline")
+                run_id = id_file.read_text().strip() if self._resumed and id_file.exists() else secrets.token_hex(4)
+                self.wandb = wandb.init(
+                    project=os.environ.get("WANDB_PROJECT", "gr00t-rl"), name=self.dir.name, id=run_id, dir=str(self.dir),
+                    config=plain(self.args), mode=mode, resume="allow" if mode == "online" else None,
+                    settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+                )  # fmt: skip
+                # W&B's own step must rise, which a resume breaks; an axis of our own does not have to
+                self.wandb.define_metric("iteration")
+                self.wandb.define_metric("*", step_metric="iteration")
+                atomic_write(id_file, lambda tmp, run_id=run_id: tmp.write_text(run_id + "\n"))
+                return
+            except Exception as e:  # any failure of a tracker is less bad than a lost run
+                self.wandb = None
+                self.event(f"W&B did not start: {type(e).__name__}: {e}")
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in order."""
-        if self.world == 1:
-            return [value]
-        import torch.distributed as dist
+    def _wandb_do(self, act: Callable[[Any], Any]) -> None:
+        if self.wandb is not None:
+            try:
+                act(self.wandb)
+            except Exception as e:
+                self.wandb = None
+                self.event(f"W&B failed, the run goes on without it: {type(e).__name__}: {e}")
 
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
+    # ------------------------------------------------ during the run
 
-    def reduce(self, x: Tensor, maximum: bool = False) -> Tensor:
-        """Sum (or maximum) of a tensor over the ranks, in place."""
-        if self.world > 1:
-            import torch.distributed as dist
+    def event(self, message: str) -> None:
+        """One line to the terminal (above the live block) and, with the time, to log.txt."""
+        if not self.is_main:
+            return
+        self._write_log(message)
+        if self._console is not None:
+            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(message, file=self._out, flush=True)
 
-            dist.all_reduce(x, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
-        return x
+    def _write_log(self, message: str) -> None:
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        self._log.flush()
 
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sums gradients over the ranks in one message; a rank without samples counts as zero."""
-        if self.world == 1:
+    def log(self, iteration: int, metrics: dict[str, float], stages: dict[str, float], steps: int) -> None:
+        """One iteration's metrics to metrics.jsonl (flushed), W&B and the terminal, with rates in steps per second.
+
+        `sps/env` is steps over env time, `sps/policy` over env and policy time, `sps/train` over everything but
+        evaluation. `eval/episodes` beside `eval/ode_success` gives the curve its Wilson band.
+
+        Args:
+            stages: seconds of this iteration by stage: env, policy, update.
+            steps: environment steps of an iteration, over all ranks.
+        """
+        state = self.state
+        state["iteration"] = iteration + 1
+        state["stages"] = {name: value + state["stages"].get(name, 0.0) for name, value in stages.items()}
+        if not self.is_main:
+            return
+        speeds = {f"sps/{name}": value for name, value in steps_per_second(steps, stages).items()}
+        times = {f"time/{name}": value for name, value in stages.items()} | {"time/elapsed": self.elapsed()}
+        numbers = {k: float(x) for k, x in metrics.items()} | {"env_steps": (iteration + 1) * steps} | speeds | times
+        self._metrics.write(json.dumps({"iteration": iteration, **plain(numbers)}) + "\n")
+        self._metrics.flush()
+        self._wandb_do(lambda run: run.log({"iteration": iteration, **numbers}))
+        shown = {"iteration": float(iteration), **numbers}
+        self._latest.update(shown)
+        if self._console is None:
+            print("  ".join(f"{label} {text}" for label, text in self._fields(shown)), file=self._out, flush=True)
+        elif self._live is None:  # only now: the simulator's start-up noise would tear the block
+            from rich.live import Live
+
+            self._live = Live(get_renderable=self._block, console=self._console, refresh_per_second=1)
+            self._live.start(refresh=True)
+        else:
+            self._live.refresh()
+
+    def elapsed(self) -> float:
+        """Seconds of the whole run, those before a resume included [s]."""
+        return self.state["elapsed"] + time.monotonic() - self._start
+
+    def _fields(self, metrics: dict[str, float]) -> list[tuple[str, str]]:
+        """(label, text) of everything the terminal shows."""
+        done = int(metrics["iteration"]) + 1
+        fields = [("iteration", f"{done}/{self.iterations}")]
+        fields += [(label, form(metrics[key])) for key, label, form in FIELDS if key in metrics]
+        here = done - self._begin  # iterations of this process
+        seconds = (time.monotonic() - self._start) / max(here, 1) * max(self.iterations - done, 0)
+        return [*fields, ("ETA", hms(seconds))]
+
+    def _block(self) -> Any:
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2), expand=True)
+        for _ in range(4):
+            table.add_column(ratio=1)
+        cells = [f"[dim]{label}[/] [bold]{text}[/]" for label, text in self._fields(self._latest)]
+        for i in range(0, len(cells), 4):
+            table.add_row(*cells[i : i + 4])
+        whole = Table.grid(expand=True)
+        whole.add_row(ProgressBar(total=max(self.iterations, 1), completed=self._latest["iteration"] + 1))
+        whole.add_row(table)
+        return Panel(whole, title=self.dir.name)
+
+    def result(self, **figures: Any) -> None:
+        """Final figures, as soon as there are any -> summary.json (atomic), W&B's summary and, of success rates, an event."""
+        self.state["results"] |= figures
+        if not self.is_main:
+            return
+        for name, value in figures.items():
+            if isinstance(value, dict) and "low" in value:
+                self.event(f"{name.replace('_', ' ')}: {success_text(value)}")
+        stages = self.state["stages"]
+        about = {name: self.args[name] for name in ("task", "seed", "checkpoint", "num_envs") if name in self.args}
+        about |= {"script": self.script.stem, "device": self.device, "world_size": self.ranks.world}
+        about |= {"iterations": self.state["iteration"], "seconds": self.elapsed()}
+        about |= {"peak_memory_gb": peak_memory_gb(self.device)}
+        if steps := self._latest.get("env_steps"):
+            about |= {"env_steps": steps, "steps_per_second": steps_per_second(steps, stages)}
+        summary = plain(about | self.state["results"])
+        write_json(self.dir / "summary.json", summary)
+        self._wandb_do(lambda run: run.summary.update(summary))
+
+    # ------------------------------------------------ checkpoints
+
+    def restore(self, load: Callable[[Path], Any]) -> int:
+        """The iteration to begin with; `load(folder)` takes the policy of the run to resume, if there is one."""
+        if self._resumed:
+            try:
+                load(self._resumed)
+            except Exception as error:  # safetensors and torch have many kinds
+                self._damaged(error)
+        return self.state["iteration"]
+
+    def restore_optimizer(self, optimizer: Any) -> Any:
+        """The optimizer, with the state of the run to resume."""
+        if self._optimizer is not None:
+            optimizer.load_state_dict(self._optimizer)
+            self._optimizer = None
+        return optimizer
+
+    def improved(self, score: float) -> bool:
+        """Whether a score is the best so far."""
+        better = score > self.state["best"]
+        self.state["best"] = max(score, self.state["best"])
+        return better
+
+    def save(self, name: str, write: Callable[[Path], Any], optimizer: Any = None, **state: Any) -> None:
+        """Writes checkpoints/<name> whole or not at all, and drops all but the latest two of those to resume from.
+
+        Args:
+            write: writes the policy into a folder.
+            optimizer: with one, the checkpoint is one to resume from, and is called step_<iteration>.
+            state: more for `Run.state`, in this file alone.
+        """
+        if not self.is_main:
             return
         import torch
 
-        parameters = list(parameters)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = self.reduce(torch.cat([g.flatten() for g in grads]))
-        for p, g in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
-            p.grad = g.view_as(p).clone()
+        def fill(partial: Path) -> None:
+            write(partial)
+            if optimizer is not None:
+                trainer = {**self.state, "elapsed": self.elapsed(), **state, "optimizer": optimizer.state_dict()}
+                torch.save(trainer, partial / "trainer_state.pt")
+
+        folder = self.dir / "checkpoints"
+        try:
+            replace_folder(folder / name, fill)
+        except Exception as error:  # a full disk, in whatever words the writer has for it: hours of training go on
+            self.event(f"checkpoint {name} could not be written, earlier ones are kept: {error}")
+            return
+        for outdated in sorted(folder.glob("step_*"))[:-2]:
+            shutil.rmtree(outdated)
+        self.curves()
+
+    # ------------------------------------------------ pictures
+
+    def curves(self) -> None:
+        """Learning curves of metrics.jsonl (the whole run, resumes included) against env_steps -> curves.png."""
+        from matplotlib.figure import Figure  # no pyplot: no global state, Agg without asking
+
+        rows = json_lines(self.dir / "metrics.jsonl")
+        panels = [(t, k) for t, k in PANELS if any(row.get(key) is not None for row in rows for key in k)]
+        if not panels:
+            return
+        figure = Figure(figsize=(10, 3 * math.ceil(len(panels) / 2)), layout="constrained")
+        axes = list(figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False).flat)
+        for ax, (title, keys) in zip(axes, panels):
+            for key, label in keys.items():
+                points = [row for row in rows if row.get(key) is not None]
+                x, y = [row.get("env_steps", row["iteration"]) for row in points], [row[key] for row in points]
+                (line,) = ax.plot(x, y, label=label, marker="." if len(x) < 30 else None)
+                if key == "eval/ode_success" and points:
+                    n = [row["eval/episodes"] for row in points]
+                    low, high = zip(*(wilson_interval(min(max(p, 0), 1) * m, m) for p, m in zip(y, n)))
+                    ax.fill_between(x, low, high, alpha=0.2, color=line.get_color(), label="95% (Wilson)")
+            ax.set(title=title, xlabel="env steps" if rows and "env_steps" in rows[0] else "iteration")
+            ax.grid(alpha=0.3)
+            if len(keys) > 1:
+                ax.legend(fontsize="small")
+        for ax in axes[len(panels) :]:
+            ax.axis("off")
+        atomic_write(self.dir / "curves.png", lambda tmp: figure.savefig(tmp, dpi=120))
+
+    def gif(
+        self, name: str, frames: Any, success: Any = None, texts: Iterable[str] = (), every: int = 1, fps: float = 10
+    ) -> None:
+        """Tiles episodes into one looping GIF -> videos/<name>.gif, and W&B.
+
+        Args:
+            frames: uint8 (F, N, H, W, 3), a tensor or an array; enlarged by whole numbers until a tile is >= 128 px.
+            success: (F, N) bool: an episode stands still, in a green frame, once it has succeeded.
+            texts: N instructions; one that all share stands above all, else each above its own episode.
+            every: environment steps between frames.
+        Raises ValueError for other shapes or types.
+        """
+        if not self.is_main:
+            return
+        import numpy as np
+        from PIL import Image, ImageDraw
+
+        frames, success = (x.detach().cpu().numpy() if hasattr(x, "detach") else x for x in (frames, success))
+        if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+            raise ValueError(f"gif: frames must be uint8 (F, N, H, W, 3), not {frames.dtype} {frames.shape}")
+        F, N, H, W, _ = frames.shape
+        success = np.zeros((F, N), bool) if success is None else success
+        if success.shape != (F, N):
+            raise ValueError(f"gif: success {success.shape} must be {(F, N)}")
+        first, texts = np.where(success.any(0), success.argmax(0), F), list(texts)  # (N,) frame of the first success
+        columns, scale = math.ceil(math.sqrt(N)), math.ceil(128 / min(H, W, 128))
+        edge, strip = max(2, min(H, W) * scale // 32), 14  # of a tile's frame and of a line of text [px]
+        own = strip if len(set(texts)) > 1 else 0
+        h, w = H * scale + own, W * scale
+
+        def grid(f: int) -> Image.Image:  # one frame at a time: the enlarged clip may not fit in memory
+            canvas = Image.new("RGB", (columns * w, math.ceil(N / columns) * h + strip))
+            pen = ImageDraw.Draw(canvas)
+            shared = texts[0] if texts and not own else ""
+            pen.text((3, 1), f"step {f * every}   {shared}", fill=(255, 255, 255))
+            for n in range(N):
+                tile = frames[min(f, first[n]), n].repeat(scale, 0).repeat(scale, 1)
+                border = np.ones(tile.shape[:2], bool)
+                border[edge:-edge, edge:-edge] = False
+                tile[border] = (0, 200, 0) if f >= first[n] else (40, 40, 40)
+                x, y = n % columns * w, n // columns * h + strip
+                canvas.paste(Image.fromarray(tile), (x, y + own))
+                if own:
+                    text = next(t for t in (texts[n][:i] for i in range(len(texts[n]), -1, -1)) if pen.textlength(t) < w - 4)
+                    pen.text((x + 3, y + 1), text, fill=(255, 255, 255))
+            return canvas.quantize(128)
+
+        path = self.dir / "videos" / f"{name}.gif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        later, ms = (grid(f) for f in range(1, F)), round(1000 / fps)
+        atomic_write(path, lambda tmp: grid(0).save(tmp, save_all=True, append_images=later, duration=ms, loop=0))
+
+        def upload(run: Any) -> None:
+            import wandb
+
+            run.log({"iteration": int(self._latest.get("iteration", 0)), f"video/{name}": wandb.Video(str(path))})
+
+        self._wandb_do(upload)
 
 
-class Noise:
-    """Random numbers that do not depend on how environments are split: every rank draws all rows and keeps its own."""
-
-    def __init__(self, device: Any, ranks: Ranks, *seeds: int):
-        self.generator = seeded_generator(device, *seeds)
-        self.device, self.ranks = device, ranks
-
-    def own(self, x: Tensor) -> Tensor:
-        n = len(x) // self.ranks.world
-        return x[self.ranks.rank * n : (self.ranks.rank + 1) * n]
-
-    def normal(self, n: int, *shape: int) -> Tensor:
-        """(n, *shape) standard normal numbers."""
-        import torch
-
-        return self.own(torch.randn(n * self.ranks.world, *shape, generator=self.generator, device=self.device))
-
-    def integers(self, n: int, high: int) -> Tensor:
-        """(n,) int64 in [0, high)."""
-        import torch
-
-        return self.own(torch.randint(high, (n * self.ranks.world,), generator=self.generator, device=self.device))
-
-
-def to_host(sums: dict[str, Tensor], maxima: dict[str, Tensor], ranks: Ranks) -> dict[str, list[float]]:
-    """Brings an iteration's figures to the host in one transfer, added (or the largest taken) over the ranks.
-
-    Args:
-        sums, maxima: tensors of any shape, the same names and shapes on every rank.
-
-    Returns:
-        The numbers of each, flattened.
-    """
-    import torch
-
-    total = ranks.reduce(torch.cat([x.reshape(-1).float() for x in sums.values()]))
-    highest = ranks.reduce(torch.cat([x.reshape(-1).float() for x in maxima.values()]), maximum=True)
-    host = iter(torch.cat([total, highest]).tolist())  # the transfer
-    return {name: [next(host) for _ in range(x.numel())] for name, x in (sums | maxima).items()}
+def steps_per_second(steps: float, seconds: dict[str, float]) -> dict[str, float]:
+    """Environment steps per second of the simulator alone, with the policy, and with everything."""
+    env, policy = seconds.get("env", 0.0), seconds.get("policy", 0.0)
+    times = {"env": env, "policy": env + policy, "train": sum(seconds.values())}
+    return {name: steps / time for name, time in times.items() if time}

@@ -1,4 +1,4 @@
-"""Isaac Lab's own tasks for the PPO scripts: names old and new, configuration, and `VecEnv`, a task as plain tensors.
+"""Isaac Lab's own tasks: names old and new, configuration, the simulator's start, and `VecEnv`, a task as plain tensors.
 
 Isaac Lab 3.0 runs most of its tasks on Newton, without Isaac Sim. Assets come from NVIDIA's server, or from the folder in
 ISAACSIM_ASSET_ROOT.
@@ -6,13 +6,14 @@ ISAACSIM_ASSET_ROOT.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import importlib.util
 import io
-import json
 import math
 import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,82 +21,64 @@ from unittest import mock
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from common import Ranks, UsageError
-
-# names of older Isaac Lab releases; a trailing -v0 is dropped anyway
-ALIASES = {
-    "Isaac-Stack-Cube-Franka": "IsaacContrib-Stack-Cube-Franka",
-    "Isaac-Stack-Cube-Franka-IK-Rel": "IsaacContrib-Stack-Cube-Franka-IK-Rel",
-    "Isaac-Lift-Cube-Franka": "Isaac-Lift-Franka",
-}
+from common import Ranks
+from tasks import current_name
 
 MISSING = object()
 
 
-def known_task(name: str) -> str:
-    """The registered id of a task, from the same or an older name.
+@contextlib.contextmanager
+def start_simulator(cfg: Any, device: str, cameras: bool, log: Path) -> Iterator[Callable[[], None]]:
+    """Starts Isaac Lab; what Python prints goes to a file until the function that this yields is called.
 
-    Raises:
-        UsageError: Isaac Lab has no such task.
+        with start_simulator(cfg, args.device, cameras, run.dir / "simulator.log") as ready:
+            env = gym.make(args.task, cfg=cfg)
+            ready()
+            yield env
+            env.close()
+
+    Args:
+        cfg: of the environment, or anything else that Isaac Lab finds out the backends from.
+        cameras: whether something is rendered.
+        log: a file, appended to.
     """
+    log.parent.mkdir(parents=True, exist_ok=True)  # ranks other than 0 may be here first
+    with contextlib.ExitStack() as quiet, contextlib.ExitStack() as simulation:
+        file = quiet.enter_context(open(log, "a"))
+        quiet.enter_context(contextlib.redirect_stdout(file))
+        quiet.enter_context(contextlib.redirect_stderr(file))
+        from isaaclab.app import launch_simulation
+
+        launcher = argparse.Namespace(device=device, headless=True, enable_cameras=cameras)
+        simulation.enter_context(launch_simulation(cfg, launcher))
+        yield quiet.close
+
+
+def known_task(name: str) -> str:
+    """The registered id of a task, from the same or an older name."""
     import isaaclab_tasks  # noqa: F401  (registers them)
 
     tasks = [task for task, spec in gym.registry.items() if "env_cfg_entry_point" in spec.kwargs]
-    if name not in tasks:
-        name = ALIASES.get(name.removesuffix("-v0"), name.removesuffix("-v0"))
-    if name not in tasks:
-        near = difflib.get_close_matches(name, tasks, 3, 0.0)
-        raise UsageError(f"--task {name}: Isaac Lab has no such task; nearest: {', '.join(near)}")
-    return name
-
-
-def settle_task(args: Any, default: str, kept: tuple[str, ...]) -> dict[str, Any]:
-    """Sets args.task: as asked for, as the checkpoint's, or the default.
-
-    Args:
-        args: task and checkpoint, a folder that a policy was saved to.
-        default: a task.
-        kept: names of arguments that the checkpoint's network depends on.
-
-    Returns:
-        Their values, none without a checkpoint.
-
-    Raises:
-        UsageError: no such task, no checkpoint there, or one of another task.
-    """
-    saved, found = {"task": default}, {}
-    if args.checkpoint:
-        try:
-            saved = json.loads((Path(args.checkpoint) / "policy.json").read_text())
-            found = {name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in ("task", *kept)}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"--checkpoint {args.checkpoint}: no policy of this script there ({error!r})") from error
-    args.task = known_task(args.task or saved["task"])
-    if args.checkpoint and found.pop("task") != args.task:
-        raise UsageError(f"--checkpoint {args.checkpoint}: a policy for {saved['task']}, not for --task {args.task}")
+    found = name if name in tasks else current_name(name)
+    if found not in tasks:
+        near = difflib.get_close_matches(found, tasks, 3, 0.0)
+        raise SystemExit(f"--task {name}: Isaac Lab has no such task; nearest: {', '.join(near)}")
     return found
 
 
-def save_policy(policy: nn.Module, folder: Path, args: Any, kept: tuple[str, ...], spaces: Spaces) -> None:
-    """Weights and running statistics as safetensors, and what they are for as JSON: the task and the arguments `kept`."""
-    save_file({name: x.contiguous() for name, x in policy.state_dict().items()}, folder / "policy.safetensors")
-    about = {name: getattr(args, name) for name in ("task", *kept)} | {"spaces": spaces._asdict()}
-    (folder / "policy.json").write_text(json.dumps(about, indent=2) + "\n")
+def parse_config(task: str, device: str, num_envs: int, overrides: Sequence[str]) -> Any:
+    """Isaac Lab's configuration of a registered task with key=value overrides; refuses those that it does not know."""
+    from isaaclab_tasks.utils import parse_env_cfg
 
-
-def load_policy(policy: nn.Module, folder: str | Path) -> None:
-    """Takes over weights and statistics that `save_policy` wrote.
-
-    Raises:
-        UsageError: they do not fit, or cannot be read.
-    """
+    told = io.StringIO()
     try:
-        policy.load_state_dict(load_file(Path(folder) / "policy.safetensors"))
-    except Exception as error:  # safetensors and torch have many kinds
-        raise UsageError(f"--checkpoint {folder}: does not fit ({' '.join(str(error).split())})") from error
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+            return parse_env_cfg(task, device, num_envs, overrides=list(overrides))
+    except (Exception, SystemExit) as error:  # hydra's own kinds
+        why = " ".join(f"{error} {told.getvalue()}".split()).replace(" Available presets", "; available presets")
+        raise SystemExit(f"--task {task} with {' '.join(overrides)}: {why}; see --physics and --overrides") from error
 
 
 def task_config(
@@ -111,27 +94,17 @@ def task_config(
         overrides: Isaac Lab's key=value overrides.
         groups: observation groups that it must have, at least one, by the flag that names them; None: not asked for.
         images: whether the policy is to observe images, rather than numbers.
-
-    Raises:
-        UsageError: names the flag and the remedy.
     """
     from isaaclab.envs.utils.spaces import spec_to_gym_space
     from isaaclab.managers import RewardTermCfg
     from isaaclab.utils.assets import check_file_path
-    from isaaclab_tasks.utils import parse_env_cfg
 
     physics = physics or (None if importlib.util.find_spec("isaacsim") else "newton_mjwarp")
     given = [*([f"physics={physics}"] if physics else []), *overrides]
     if "Stack-Cube" in task and physics and physics.startswith("newton"):
         given.append("env.scene.replicate_physics=true")  # Newton finds no bodies otherwise
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
-            cfg = parse_env_cfg(task, device, num_envs, overrides=given)
-            plain = parse_env_cfg(task, device, num_envs, overrides=[g for g in given if not g.startswith("env.")])
-    except (Exception, SystemExit) as error:  # hydra's own kinds
-        why = " ".join(f"{error} {told.getvalue()}".split())
-        raise UsageError(f"--task {task} with {' '.join(given)}: {why}; see --physics and --overrides") from error
+    cfg = parse_config(task, device, num_envs, given)
+    plain = parse_config(task, device, num_envs, [g for g in given if not g.startswith("env.")])
     for override in overrides:
         check_override(override, cfg, plain)
     robot = getattr(getattr(cfg, "scene", None), "robot", None)
@@ -142,23 +115,23 @@ def task_config(
             robot.spawn.rigid_props = [robot.spawn.rigid_props, MujocoRigidBodyCfg(gravcomp=1.0)]
     refused = f"--task {task}:"
     if not hasattr(cfg, "is_finite_horizon") or hasattr(cfg, "possible_agents"):
-        raise UsageError(f"{refused} no task for a single agent; choose another")
+        raise SystemExit(f"{refused} no task for a single agent; choose another")
     if hasattr(cfg, "action_space"):  # a direct task; those of managers have Box actions always
         try:
             space, observed = spec_to_gym_space(cfg.action_space), spec_to_gym_space(cfg.observation_space)
         except Exception as error:  # gymnasium's assertions among them
-            raise UsageError(f"{refused} its action space {cfg.action_space} is none ({error})") from error
+            raise SystemExit(f"{refused} its action space {cfg.action_space} is none ({error})") from error
         if not isinstance(space, gym.spaces.Box | gym.spaces.Discrete | gym.spaces.MultiDiscrete):
-            raise UsageError(f"{refused} its action space {space} is not supported (Box, Discrete, MultiDiscrete are)")
+            raise SystemExit(f"{refused} its action space {space} is not supported (Box, Discrete, MultiDiscrete are)")
         if images != (len(observed.shape or ()) > 1):
             found, script = ("numbers", "ppo_isaac.py") if images else ("images", "ppo_isaac_rgb.py")
-            raise UsageError(f"{refused} it observes {found}; {script} is for those")
+            raise SystemExit(f"{refused} it observes {found}; {script} is for those")
     elif images:
-        raise UsageError(f"{refused} ppo_isaac_rgb.py takes direct tasks whose policy observation is an image")
+        raise SystemExit(f"{refused} ppo_isaac_rgb.py takes direct tasks whose policy observation is an image")
     elif cfg.rewards is None:
         success = getattr(cfg.terminations, "success", None)
         if success is None:
-            raise UsageError(f"{refused} it has neither rewards nor a termination called success to learn from")
+            raise SystemExit(f"{refused} it has neither rewards nor a termination called success to learn from")
         weight = 1 / (cfg.sim.dt * cfg.decimation)  # Isaac Lab multiplies rewards by the step's length
         cfg.rewards = {"success": RewardTermCfg(func=success.func, params=success.params, weight=weight)}
     direct = hasattr(cfg, "action_space")
@@ -168,16 +141,16 @@ def task_config(
         found = tuple(name for name, group in vars(cfg.observations).items() if group is not None)
     for flag, names in groups.items():
         if names == ():
-            raise UsageError(f"{flag}: needs at least one group; {task} has {', '.join(found)}")
+            raise SystemExit(f"{flag}: needs at least one group; {task} has {', '.join(found)}")
         for name in names or ():
             if name not in found:
-                raise UsageError(f"{flag} {name}: {task} has no such group; it has {', '.join(found)}")
+                raise SystemExit(f"{flag} {name}: {task} has no such group; it has {', '.join(found)}")
             terms = () if direct else vars(getattr(cfg.observations, name)).values()
             if any(getattr(getattr(term, "func", None), "__name__", "").startswith("image") for term in terms):
-                raise UsageError(f"{flag} {name}: {task} has images there; choose a group of numbers, or another task")
+                raise SystemExit(f"{flag} {name}: {task} has images there; choose a group of numbers, or another task")
     for file in sorted(set(re.findall(r"'([^']+\.usd[acz]?)'", repr(cfg)))):
         if "/UIElements/" not in file and not check_file_path(file):  # those are markers, drawn on demand
-            raise UsageError(
+            raise SystemExit(
                 f"{refused} cannot reach {file}; connect to the network, or set ISAACSIM_ASSET_ROOT to a copy of "
                 "NVIDIA's assets (stand-ins that need no network: python tests/assets.py)"
             )
@@ -186,11 +159,7 @@ def task_config(
 
 
 def check_override(override: str, cfg: Any, plain: Any) -> None:
-    """Refuses env.path=value where a task's plain configuration has no such path, or a number and the value is none.
-
-    Raises:
-        UsageError: names the flag and the path.
-    """
+    """Refuses env.path=value where a task's plain configuration has no such path, or a number and the value is none."""
     path = override.partition("=")[0].lstrip("+~").split(".")
     if path[0] != "env":
         return
@@ -198,9 +167,9 @@ def check_override(override: str, cfg: Any, plain: Any) -> None:
         nodes = (cfg, plain)
         cfg, plain = (x.get(name, MISSING) if isinstance(x, dict) else getattr(x, name, MISSING) for x in nodes)
         if plain is MISSING:
-            raise UsageError(f"--overrides {override}: the task has no {'.'.join(path)}")
+            raise SystemExit(f"--overrides {override}: the task has no {'.'.join(path)}")
     if isinstance(plain, int | float) and isinstance(cfg, str):
-        raise UsageError(f"--overrides {override}: {'.'.join(path)} is a number, as {plain}")
+        raise SystemExit(f"--overrides {override}: {'.'.join(path)} is a number, as {plain}")
 
 
 class Spaces(NamedTuple):
@@ -224,15 +193,23 @@ class VecEnv:
         done: (N,) which episodes ended in the step that `restart` left out.
     """
 
-    def __init__(self, args: Any, cfg: Any, ranks: Ranks):
+    def __init__(
+        self, task: str, cfg: Any, ranks: Ranks, seed: int, clip_actions: float | None = None,
+        obs_groups: tuple[str, ...] = ("policy",), critic_groups: tuple[str, ...] = (), hide_obs: tuple[int, ...] = (),
+    ):  # fmt: skip
         """
         Args:
-            args: a script's; read are task, seed, clip_actions, obs_groups, critic_groups and hide_obs.
             cfg: Isaac Lab's configuration of the task.
             ranks: this process and its siblings.
+            seed: of the first start.
+            clip_actions: symmetric bound on actions, beside the action space's own.
+            obs_groups: observation groups that the policy sees, joined.
+            critic_groups: those that the critic sees; none: `critic`, or what the policy sees.
+            hide_obs: columns of the policy's observation to leave out.
         """
-        self.env = gym.make(args.task, cfg=cfg)
-        self.base, self.ranks, self.args = self.env.unwrapped, ranks, args
+        self.env = gym.make(task, cfg=cfg)
+        self.base, self.ranks = self.env.unwrapped, ranks
+        self.obs_groups, self.critic_groups, self.hide_obs = obs_groups, critic_groups, hide_obs
         self.num_envs, self.device, self.horizon = self.base.num_envs, self.base.device, int(self.base.max_episode_length)
         self.finite, self.final = cfg.is_finite_horizon, None
         self.running = torch.zeros(2, self.num_envs, device=self.device)
@@ -240,13 +217,13 @@ class VecEnv:
         choices = [int(space.n)] if isinstance(space, gym.spaces.Discrete) else [int(n) for n in getattr(space, "nvec", ())]
         self.bounds = None
         if not choices:
-            limit = args.clip_actions or math.inf
+            limit = clip_actions or math.inf
             low, high = (torch.as_tensor(np.ravel(b), device=self.device).clamp(-limit, limit) for b in (space.low, space.high))
             self.bounds = (low, high) if torch.isfinite(torch.cat([low, high])).any() else None
         self.idle = torch.zeros(self.num_envs, len(choices) or math.prod(space.shape), device=self.device)
         self.idle = self.idle.long() if choices else self.idle
         self.prepare(cfg)
-        obs, critic = self.restart(args.seed, stagger=False)
+        obs, critic = self.restart(seed, stagger=False)
         separate = tuple(critic.shape[1:]) if critic is not obs else ()
         self.spaces = Spaces(tuple(obs.shape[1:]), separate, 0 if choices else math.prod(space.shape), tuple(choices))
 
@@ -255,13 +232,13 @@ class VecEnv:
 
     def read(self, groups: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Policy and critic observations (N, d), (N, dc) of Isaac Lab's observation groups; one tensor if they agree."""
-        obs = flatten([groups[name] for name in self.args.obs_groups])
-        if self.args.hide_obs:
-            kept = [i for i in range(obs.shape[1]) if i not in self.args.hide_obs]
-            if not kept or not 0 <= min(self.args.hide_obs) <= max(self.args.hide_obs) < obs.shape[1]:
-                raise UsageError(f"--hide-obs {' '.join(map(str, self.args.hide_obs))}: columns are 0 to {obs.shape[1] - 1}")
+        obs = flatten([groups[name] for name in self.obs_groups])
+        if self.hide_obs:
+            kept = [i for i in range(obs.shape[1]) if i not in self.hide_obs]
+            if not kept or not 0 <= min(self.hide_obs) <= max(self.hide_obs) < obs.shape[1]:
+                raise SystemExit(f"--hide-obs {' '.join(map(str, self.hide_obs))}: columns are 0 to {obs.shape[1] - 1}")
             obs = obs[:, kept]
-        own = self.args.critic_groups or (("critic",) if "critic" in groups else ())
+        own = self.critic_groups or (("critic",) if "critic" in groups else ())
         return obs, flatten([groups[name] for name in own]) if own else obs
 
     def restart(self, seed: int, steps: int = 0, stagger: bool = True, saved: dict | None = None) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,11 @@
-"""How Isaac Lab tasks meet GR00T: one row per task, what of a task's configuration has to change for it, and what a
-script refuses before it starts the simulator.
+"""How Isaac Lab tasks meet GR00T: one row per task, and what of a task's configuration has to change for it.
 
-    python gr00t_tasks.py                                            # the rows
-    python gr00t_tasks.py --task Isaac-Open-Drawer-Franka --out <folder>     # a checkpoint with random weights that fits
+    python -m tasks.gr00t        # the rows
 
 A task of your own needs one row of TASKS: which cameras the policy looks through, which observation terms are its
-proprioception, which columns the action has, what counts as success and as failure, and what it is told to do. All
-manager-based tasks will do. Direct tasks hold their observations and resets in code of their own and are refused.
+proprioception, which columns the action has, what counts as success and as failure, and what it is told to do. A script
+may add it itself: `TASKS["Mine"] = Task(...)`. All manager-based tasks will do. Direct tasks hold their observations and
+resets in code of their own and are refused.
 
 Isaac Lab's own tasks run on Newton without Isaac Sim. What needs Isaac Sim (random textures and lights) is switched off
 there, as is what differs between environments for a whole run (random masses, frictions): members of a group of
@@ -15,28 +14,21 @@ episodes would not be alike.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import importlib.util
+import io
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import tyro
-
-from common import Ranks, UsageError, pick_device, resumed_args
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor
-
-
-log = logging.getLogger("gr00t_tasks")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +54,25 @@ class Task:
     target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
     expert: str | None = None  # function of the module that demonstrates the task
     demo_params: dict[str, dict] = field(default_factory=dict)  # of event terms, while it demonstrates
+    bracketed: bool = False  # instructions as "['sentence']", which NVIDIA's unbatched inference does
+    pad_prompt: int | None = None  # tokens that prompts are padded to, where the checkpoint was trained so
+
+    def texts(self, instruction: str | None) -> tuple[str, ...]:
+        """The instructions of a run: the one that is asked for, or the task's own."""
+        return (instruction,) if instruction else self.instructions
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Columns of state and action."""
+        return {"state": sum(self.state.values()), "action": sum(self.action.values())}
+
+    def images(self, env: Any) -> Tensor:
+        """(N, V, H, W, 3) uint8 of the cameras; renders if the scene has moved since the last call."""
+        import torch
+
+        sensors = env.scene.sensors
+        views = [sensors[name].data.output["rgb"].torch[..., :3] for name in self.cameras]
+        return torch.stack(views, 1) if views else torch.empty(env.num_envs, 0, 1, 1, 3, dtype=torch.uint8, device=env.device)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -153,7 +164,7 @@ STACK = Task(
 )
 TASKS = {
     "Tabletop-Lift-Cube-v0": Task(
-        module="tabletop",
+        module="tasks.tabletop",
         cameras=("cam",),
         state={"gripper_position": 3, "finger_positions": 2},
         action={"gripper_delta": 3, "gripper_open": 1},
@@ -170,6 +181,7 @@ TASKS = {
     "RLinf-Stack-Cube": dataclasses.replace(
         STACK,
         image_size=256,
+        pad_prompt=570,
         state={"x": 1, "y": 1, "z": 1, "roll": 1, "pitch": 1, "yaw": 1, "gripper": 2},
         terms=(gripper_frame,),
         action={"x": 1, "y": 1, "z": 1, "roll": 1, "pitch": 1, "yaw": 1, "gripper": 1},
@@ -218,53 +230,65 @@ TASKS = {
 KIT_EVENTS = ("randomize_scene_lighting_domelight", "randomize_visual_texture_material", "randomize_visual_color")
 
 
-def task_config(args: Any, num_envs: int, image_size: int) -> Any:
+def find_task(name: str) -> Task:
+    """A row of TASKS; refuses a name without one, and lists the nearest that have one."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 3, 0.0)
+        raise SystemExit(f"--task {name}: no row for it in TASKS; nearest: {', '.join(near)}")
+    return TASKS[name]
+
+
+def task_config(
+    name: str, device: str, num_envs: int, image_size: int, physics: str | None, renderer: str | None, dense: bool = False
+) -> Any:
     """Isaac Lab's configuration of a row of TASKS, ready for a policy that looks when it wants to.
 
     Images leave the observation manager: they are rendered when the policy reads a camera. The observation groups
-    `policy` and `critic` become what the row says.
+    `policy` and `critic` become what the row says. Refuses, in one line, what the task does not have.
 
     Args:
-        args: task, device, physics, renderer; `reward` where a script has that choice.
         num_envs: of this process.
         image_size: height and width of the cameras [px], unless the row has its own.
-
-    Raises:
-        UsageError: names the flag and the remedy.
+        physics, renderer: Isaac Lab's presets; None: the task's own, or Newton's where Isaac Sim is not installed.
+        dense: keep the task's own rewards; a script that watches success alone has no use for them.
     """
     import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own tasks)
     from isaaclab_tasks.utils import parse_env_cfg
     from isaaclab_tasks.utils.presets import MultiBackendRendererCfg
 
-    from stock_tasks import task_config as stock_config
+    from tasks import stock
 
-    task = TASKS[args.task]
-    name, newton = task.isaac or args.task, (args.physics or "newton").startswith(("newton", "mujoco"))
+    task = TASKS[name]
+    isaac, newton = task.isaac or name, (physics or "newton").startswith(("newton", "mujoco"))
+    renderers = [key for key in vars(MultiBackendRendererCfg()) if key != "default"]
+    if renderer and renderer not in renderers:
+        raise SystemExit(f"--renderer {renderer}: must be one of {', '.join(renderers)}")
+    renders = (f"renderer={renderer}",) if renderer else ()
     if task.module:
         importlib.import_module(task.module)
-        presets = [f"{k}={v}" for k, v in (("physics", args.physics), ("renderer", args.renderer)) if v]
+        presets = (*((f"physics={physics}",) if physics else ()), *renders)
         try:
-            cfg = parse_env_cfg(name, args.device, num_envs, overrides=[*presets, *task.overrides])
+            with contextlib.redirect_stdout(io.StringIO()):
+                cfg = parse_env_cfg(isaac, device, num_envs, overrides=[*presets, *task.overrides])
         except Exception as error:  # hydra's own kinds
-            raise UsageError(f"--physics {args.physics} --renderer {args.renderer}: {error}") from error
+            raise SystemExit(f"--physics {physics}: {' '.join(str(error).split())}") from error
     else:
-        presets = (f"renderer={args.renderer}",) if args.renderer else ()
-        cfg = stock_config(name, args.device, num_envs, args.physics, (*presets, *task.overrides), {})
+        cfg = stock.task_config(isaac, device, num_envs, physics, (*renders, *task.overrides), {})
         cfg.compute_final_obs = False
-        newton = newton and (bool(args.physics) or not importlib.util.find_spec("isaacsim"))
+        newton = newton and (bool(physics) or not importlib.util.find_spec("isaacsim"))
     if not hasattr(cfg, "observations"):
-        raise UsageError(f"--task {args.task}: {name} is a direct task; these scripts take manager-based ones")
+        raise SystemExit(f"--task {name}: {isaac} is a direct task; these scripts take manager-based ones")
     if task.prepare:
         task.prepare(cfg)
     if not task.module:
         switched_off = switch_off(cfg)
         if switched_off:
-            log.info(f"{args.task}: switched off {', '.join(switched_off)}, see gr00t_tasks.py")
-        choose_observations(cfg, task, args.task)
-    if getattr(args, "reward", "sparse") == "sparse":
+            log.info(f"{name}: switched off {', '.join(switched_off)}, see tasks/gr00t.py")
+        choose_observations(cfg, task, name)
+    if not dense:
         cfg.rewards = {}  # success is watched by the script
-    elif isinstance(cfg.rewards, dict) or not getattr(cfg.rewards, "__dict__", None):  # stock_tasks.py puts success in a dict
-        raise UsageError(f"--reward dense: {args.task} has no rewards; use --reward sparse")
+    elif isinstance(cfg.rewards, dict) or not getattr(cfg.rewards, "__dict__", None):  # tasks/stock.py puts success in a dict
+        raise SystemExit(f"--reward dense: {name} has no rewards; use --reward sparse")
     if newton:  # PhysX and RTX put all environments into one world
         cfg.scene.env_spacing = 0.0  # equal rounding everywhere: members of a group stay bit-identical
     for camera, (eye, look_at) in task.views.items():
@@ -272,11 +296,11 @@ def task_config(args: Any, num_envs: int, image_size: int) -> Any:
     for camera in task.cameras:
         if not hasattr(cfg.scene, camera):
             found = [key for key, value in vars(cfg.scene).items() if hasattr(value, "data_types")]
-            raise UsageError(f"--task {args.task}: no camera {camera} in its scene; it has {', '.join(found) or 'none'}")
+            raise SystemExit(f"--task {name}: no camera {camera} in its scene; it has {', '.join(found) or 'none'}")
         sensor = getattr(cfg.scene, camera)
         sensor.height = sensor.width = task.image_size or image_size
         sensor.data_types, sensor.update_latest_camera_pose = ["rgb"], True  # a camera on the wrist moves
-        if newton and not args.renderer and not task.module:
+        if newton and not renderer and not task.module:
             sensor.renderer_cfg = MultiBackendRendererCfg().newton_renderer
     return cfg
 
@@ -299,11 +323,7 @@ def switch_off(cfg: Any) -> list[str]:
 
 
 def choose_observations(cfg: Any, task: Task, name: str) -> None:
-    """Makes the observation groups `policy` and `critic` of the row's terms, one tensor each.
-
-    Raises:
-        UsageError: a term that the task lacks; lists what it has.
-    """
+    """Makes the observation groups `policy` and `critic` of the row's terms, one tensor each."""
     from isaaclab.managers import ObservationGroupCfg, ObservationTermCfg
 
     groups = [group for group in vars(cfg.observations).values() if isinstance(group, ObservationGroupCfg)]
@@ -316,7 +336,7 @@ def choose_observations(cfg: Any, task: Task, name: str) -> None:
         chosen[group] = ObservationGroupCfg(enable_corruption=False, concatenate_terms=True)
         for term in terms:
             if isinstance(term, str) and term not in found:
-                raise UsageError(f"--task {name}: it has no observation term {term}; it has {', '.join(found)}")
+                raise SystemExit(f"--task {name}: it has no observation term {term}; it has {', '.join(found)}")
             key = term if isinstance(term, str) else term.__name__
             own = found[term].copy() if isinstance(term, str) else ObservationTermCfg(func=term)
             own.noise, own.history_length = None, 0
@@ -342,17 +362,65 @@ def add_view(cfg: Any, name: str, eye: tuple[float, ...], look_at: tuple[float, 
     setattr(cfg.scene, name, camera)
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# what a script does with a running environment
+# ------------------------------------------------------------------------------------------------------------------
 def end_terms(cfg: Any, task: Task) -> dict[str, Any]:
-    """The terminations that a script watches: `success`, and the row's failures."""
+    """Takes the terminations out of a configuration, so that episodes end at the horizon, all at once.
+
+    Returns those that a script watches instead: `success`, and the row's failures.
+    """
     from isaaclab.managers import TerminationTermCfg
 
     own = isinstance(task.success, str)
     success = getattr(cfg.terminations, task.success) if own else TerminationTermCfg(func=task.success)
-    return {"success": success} | {name: getattr(cfg.terminations, name) for name in task.failures}
+    terms = {"success": success} | {name: getattr(cfg.terminations, name) for name in task.failures}
+    cfg.terminations = {}
+    return terms
 
 
-def refresh_sensors(env: Any) -> None:
-    """Lets sensors see the state that a reset has made: Newton moves its frames in physics steps only."""
+class Prompts:
+    """Which instruction each environment has: an index into the run's instructions (`Task.texts`)."""
+
+    def __init__(self, env: Any, task: Task, instruction: str | None):
+        own = task.instructions
+        # an instruction of the task's own fixes what is asked for; any other wording leaves that to the task
+        self.asked = own.index(instruction) if instruction in own and task.target else None
+        self.env, self.target, self.several = env, task.target, task.target is not None and not instruction
+
+    def fix(self) -> None:
+        """After a reset, which has drawn what is asked for."""
+        if self.asked is not None:
+            getattr(self.env, self.target).fill_(self.asked)
+
+    def index(self) -> Tensor:
+        """(N,) int64."""
+        import torch
+
+        if self.several:
+            return getattr(self.env, self.target).clone()
+        return torch.zeros(self.env.num_envs, dtype=torch.long, device=self.env.device)
+
+
+def copy_leaders(env: Any, task: Task, group_size: int) -> None:
+    """Puts consecutive environments into the state, and under the instruction, of the first of each group."""
+    import torch
+
+    leader = torch.arange(env.num_envs, device=env.device) // group_size * group_size  # (N,)
+
+    def of_leader(tree: dict) -> dict:
+        return {k: of_leader(v) if isinstance(v, dict) else v[leader].clone() for k, v in tree.items()}
+
+    state = of_leader(env.scene.get_state(is_relative=True))
+    target = getattr(env, task.target)[leader].clone() if task.target else None
+    env.reset_to(state, None, is_relative=True)  # draws new starts, then overwrites them
+    env.action_manager.reset()  # some actions begin at the joints as they were drawn
+    if target is not None:
+        getattr(env, task.target)[:] = target
+
+
+def refresh_observations(env: Any) -> None:
+    """Lets sensors and observations see the state that a reset has made: Newton moves its frames in physics steps only."""
     if "newton" in str(env.sim.physics_manager):  # the manager class of the backend
         from isaaclab_newton.physics import NewtonManager
 
@@ -360,186 +428,22 @@ def refresh_sensors(env: Any) -> None:
             frames.update(NewtonManager.get_state_0())
     for sensor in env.scene.sensors.values():
         sensor.update(0.0)
+    env.obs_buf = env.observation_manager.compute()
 
 
 def check_columns(env: Any, name: str) -> None:
-    """Compares the started task with its row.
-
-    Raises:
-        UsageError: another number of columns than the row says.
-    """
+    """Refuses a started task with other columns than its row says."""
     task = TASKS[name]
     groups = env.observation_manager.group_obs_dim
-    sizes = {"state": groups["policy"][0], "action": env.action_manager.total_action_dim}
-    sizes["privileged"] = groups["critic"][0] if "critic" in groups else 0
-    wanted = {"state": sum(task.state.values()), "action": sum(task.action.values()), "privileged": task.privileged}
-    for kind, size in sizes.items():
-        if size != wanted[kind]:
-            raise UsageError(f"--task {name}: {size} {kind} columns, its row in TASKS says {wanted[kind]}")
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# what the scripts refuse before the simulator starts
-# ------------------------------------------------------------------------------------------------------------------
-def check_task(name: str) -> None:
-    """Raises UsageError for a task without a row, with the nearest that have one."""
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 3, 0.0)
-        raise UsageError(f"--task {name}: no row for it in TASKS; nearest: {', '.join(near)}")
-
-
-def settle_args(args: Any, defaults: dict[str, tuple]) -> Any:
-    """An RL script's arguments, or those of the run to resume, with device, task and open fields settled.
-
-    Args:
-        defaults: what None stands for: (small checkpoint on a CPU, small checkpoint on a GPU, full-size checkpoint).
-
-    Raises:
-        UsageError: no such run, device, checkpoint or task.
-    """
-    from gr00t_n1d5 import is_full_size
-
-    if args.resume:
-        args = resumed_args(args)
-    args.device = pick_device(args.device)
-    column = 2 if is_full_size(args.checkpoint) else 1 if args.device.startswith("cuda") else 0
-    for name, values in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[column])
-    check_task(args.task)
-    args.capture_video &= bool(TASKS[args.task].cameras)
-    return args
-
-
-def check_sampling(args: Any) -> None:
-    """Raises UsageError for what the sampler of actions, or the GPU, cannot do."""
-    import torch
-
-    if args.noise.startswith("flow-cps") and (args.denoise_steps < 2 or args.noise_level > 1):
-        raise UsageError(f"--noise {args.noise}: needs --denoise-steps of 2 or more and a --noise-level of at most 1")
-    if args.backbone_fp8 and args.device != "cpu" and torch.cuda.get_device_capability(args.device) < (8, 9):
-        raise UsageError("--backbone-fp8: this GPU has no float8 products (those from Ada on have); leave it out")
-
-
-def load_gr00t(args: Any) -> tuple[Gr00tN1d5, Gr00tProcessor, Tensor, Tensor]:
-    """A checkpoint that fits the task, sliced to its embodiment, and the instructions as prompts.
-
-    Args:
-        args: checkpoint, embodiment_tag, task, instruction, bracketed, pad_prompt, chunk.
-
-    Returns:
-        network, processor, prompts (P, L), their lengths (P,) without padding.
-
-    Raises:
-        UsageError: the checkpoint cannot be read or does not fit the task; an instruction or --chunk does not fit it.
-    """
-    from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, pad_prompts
-
-    task = TASKS[args.task]
-    try:
-        net = Gr00tN1d5.from_pretrained(args.checkpoint)
-        processor = Gr00tProcessor.from_pretrained(args.checkpoint, net.config, args.embodiment_tag)
-        net.slice_embodiment(processor.embodiment_id)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
-    texts = (args.instruction,) if args.instruction else task.instructions
-    try:
-        prompts = [processor.prompt(text, len(task.cameras), args.bracketed) for text in texts]
-        prompts, lengths = pad_prompts(prompts, args.pad_prompt)
-    except ValueError as error:
-        raise UsageError(f"--instruction: {error}") from error
-    for kind, sizes in (("state", task.state), ("action", task.action)):
-        found, wanted = len(processor.normalizers[kind]), sum(sizes.values())
-        if found != wanted:
-            raise UsageError(
-                f"--checkpoint {args.checkpoint}: it has {found} {kind} dimensions, {args.task} has {wanted}; fine-tune it "
-                "on the task first (sft_gr00t.py)"
-            )
-    chunk, most = args.chunk or net.config.action_horizon, net.config.action_horizon
-    if chunk > most or task.horizon % chunk:
-        raise UsageError(f"--chunk {chunk}: must divide the episode's {task.horizon} steps and not exceed the model's {most}")
-    return net, processor, prompts, lengths
-
-
-def check_memory(args: Any, policy: Any, ranks: Ranks) -> str:
-    """Estimates a rank's memory; with --max-memory-gb, plans for it.
-
-    Args:
-        policy: of an RL script.
-
-    Raises:
-        UsageError: what the rollout keeps for the update needs more memory than is free, or than the budget.
-    """
-    from gr00t_n1d5 import memory_plan
-
-    samples = args.num_envs // ranks.world * policy.rollout_chunks
-    steps = policy.stochastic_steps if policy.all_steps else 1
-    plan, remedy = memory_plan(args, policy, samples, steps, len(TASKS[args.task].cameras), policy.prompts.shape[1])
-    if remedy:
-        raise UsageError(f"--num-envs {args.num_envs}: {plan}; use fewer, or {remedy}")
-    return plan
-
-
-# ------------------------------------------------------------------------------------------------------------------
-def write_random(name: str, folder: Path, size: str = "tiny", seed: int = 0) -> None:
-    """A checkpoint with random weights that fits a task: to try commands, not to get anything done.
-
-    Args:
-        size: "tiny", or "full" for the layout of the 3B checkpoint, which needs its tokenizer from the hub.
-    """
-    import torch
-
-    from gr00t_n1d5 import EAGLE_PROCESSOR, Gr00tConfig, Gr00tN1d5, Gr00tProcessor, load_tokenizer, tiny_tokenizer
-
-    task = TASKS[name]
-    torch.manual_seed(seed)
-    config = Gr00tConfig()
-    if size == "tiny":
-        dims = {"state_dim": sum(task.state.values()), "action_dim": sum(task.action.values())}
-        config = Gr00tConfig.tiny(**dims, vocab_size=64, max_prompt_tokens=256)
-    words = " ".join(task.instructions).split()
-    tokenizer = tiny_tokenizer(words, config) if size == "tiny" else load_tokenizer(EAGLE_PROCESSOR)
-    ends = torch.tensor([-1.0, 1.0])[:, None]  # statistics that leave numbers as they are
-    data = [{key: ends.expand(2, n) for key, n in columns.items()} for columns in (task.state, task.action)]
-    views = {key: {"resolution": [config.image_size] * 2, "channels": 3, "fps": 10} for key in task.cameras}
-    processor = Gr00tProcessor.from_statistics(config, "new_embodiment", *data, views, tokenizer)
-    with torch.device("cpu"):
-        net = Gr00tN1d5(config)
-    (net if size == "tiny" else net.bfloat16()).save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-@dataclass
-class Args:
-    """What this file does as a program."""
-
-    task: str | None = None  # row of TASKS to write a checkpoint for; without it, the rows are listed
-    out: Path | None = None  # folder of a checkpoint with random weights
-    size: str = "tiny"  # tiny or full
-    seed: int = 0  # of the weights
-
-
-ARGS = tyro.cli(Args) if __name__ == "__main__" else None
-
-
-def main(args: Args) -> None:
-    if args.task is None:
-        for name, task in TASKS.items():
-            views = ", ".join(task.cameras) or "no camera"
-            state, action = sum(task.state.values()), sum(task.action.values())
-            print(f"{name}: {views}; state {state}, action {action}, {task.horizon} steps; {task.instructions[0]}")
-        return
-    check_task(args.task)
-    if args.out is None:
-        raise UsageError("--out: needs a folder to write the checkpoint to")
-    if args.size not in ("tiny", "full"):
-        raise UsageError(f"--size {args.size}: must be tiny or full")
-    write_random(args.task, args.out, args.size, args.seed)
-    print(f"{args.out}: random weights for {args.task}")
+    found = {"state": groups["policy"][0], "action": env.action_manager.total_action_dim}
+    found["privileged"] = groups["critic"][0] if "critic" in groups else 0
+    for kind, wanted in {**task.sizes, "privileged": task.privileged}.items():
+        if found[kind] != wanted:
+            raise SystemExit(f"--task {name}: {found[kind]} {kind} columns, its row in TASKS says {wanted}")
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    for name, task in TASKS.items():
+        views, sizes = ", ".join(task.cameras) or "no camera", task.sizes
+        columns = f"state {sizes['state']}, action {sizes['action']}"
+        print(f"{name}: {views}; {columns}, {task.horizon} steps; {task.instructions[0]}")

@@ -1,9 +1,7 @@
-"""GR00T N1.5 in plain torch and two stock transformers classes, in NVIDIA's checkpoint layout.
+"""The network of GR00T N1.5 in plain torch and two stock transformers classes, and its config.json.
 
-NVIDIA's `gr00t` package pins an old transformers and a compiled flash-attn and cannot be installed beside Isaac Lab
-3.0. This file takes its place: the network, its config.json and weights (read and written), and the steps between raw
-numbers and the network (prompt, images, normalisation). What it saves keeps NVIDIA's files and key names;
-`from_gr00t` and `to_gr00t` copy weights from and to a model that NVIDIA's package holds in memory.
+What it saves keeps NVIDIA's files and key names; `from_gr00t` and `to_gr00t` copy weights from and to a model that
+NVIDIA's package holds in memory.
 
     observation -> SigLIP2 + Qwen3 -> features (B, L, D)                     `backbone`, once per observation
     features    -> self-attention -> cross-attention keys and values         `action_head.encode`, once as well
@@ -21,41 +19,30 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3Model, SiglipVisionConfig, SiglipVisionModel
+from transformers import Qwen3Config, Qwen3Model, SiglipVisionConfig, SiglipVisionModel
 
-# Rows of the category-specific layers. (RLinf puts its "new_embodiment" at 10, not at 31.)
-EMBODIMENT_IDS = {
-    "gr1": 24,
-    "oxe_droid": 17,
-    "agibot_genie1": 26,
-    "new_embodiment": 31,
-    "so100": 2,  # lerobot
-    "unitree_g1": 3,  # lerobot
-    "libero_franka": 31,  # this one and the rest: RLinf
-    "isaaclab_franka": 31,
-    "maniskill_widowx": 30,
-    "libero_panda": 2,
-    "robocasa_panda_omron": 13,
-}
-EAGLE_PROCESSOR = "lerobot/eagle2hg-processor-groot-n1p5"  # the tokenizer files, which no N1.5 checkpoint carries
-DEFAULT_INSTRUCTION = "Perform the default behavior."  # NVIDIA's, where a sample has none
-
+from gr00t_n1d5.files import (
+    EMBED,
+    INDEX,
+    LM_HEAD,
+    find_tensors,
+    match_live,
+    open_safetensors,
+    plain_name,
+    public_name,
+    read_json,
+    resolve_folder,
+)
 
 # --------------------------------------------------------------------------------------------------------------- config
 _VISION, _TEXT = "eagle_cfg.vision_config.", "eagle_cfg.text_config."  # not backbone_cfg: those are NVIDIA's arguments
@@ -710,18 +697,18 @@ class Gr00tN1d5(nn.Module):
         The tensors are read one by one, so the host never holds a second copy. Raises FileNotFoundError where there is
         no such folder or file, ValueError where a file is damaged, is not GR00T N1.5, or its keys or shapes do not fit.
         """
-        folder = _resolve(path, local_files_only)
+        folder = resolve_folder(path, local_files_only)
         config_file = folder / "config.json"
-        content = _read_json(config_file)
+        content = read_json(config_file)
         try:
             config = Gr00tConfig.from_dict(content)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{config_file}: not a GR00T N1.5 config ({error})") from error
         with torch.device("meta"):
             model = cls(config)
-        sources = _find_tensors(folder, {name: tuple(p.shape) for name, p in model.named_parameters()})
+        sources = find_tensors(folder, {name: tuple(p.shape) for name, p in model.named_parameters()})
         for file in sorted({file for file, _ in sources.values()}):
-            with _open_safetensors(file) as tensors:
+            with open_safetensors(file) as tensors:
                 for name, (source_file, key) in sources.items():
                     if source_file != file:
                         continue
@@ -746,7 +733,7 @@ class Gr00tN1d5(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         tensors = live.state_dict()
-        for name, key in _match_live(model, tensors).items():
+        for name, key in match_live(model, tensors).items():
             model._put(name, tensors[key].to(dtype=dtype, copy=True))
         model.backbone.restore_buffers(next(model.parameters()).device)
         return model.eval()
@@ -759,10 +746,10 @@ class Gr00tN1d5(nn.Module):
         Raises ValueError as `from_gr00t` does; then nothing has been written.
         """
         tensors, parameters = live.state_dict(), dict(self.named_parameters())
-        for name, key in _match_live(self, tensors).items():
+        for name, key in match_live(self, tensors).items():
             tensors[key].copy_(self._full(name, parameters[name].detach()))
-            if _plain_name(name) == _EMBED:  # an lm_head that is a tensor of its own follows, as tied weights would
-                for other in (k for k in tensors if _plain_name(k) == _LM_HEAD):
+            if plain_name(name) == EMBED:  # an lm_head that is a tensor of its own follows, as tied weights would
+                for other in (k for k in tensors if plain_name(k) == LM_HEAD):
                     tensors[other].copy_(parameters[name])
 
     def _put(self, name: str, tensor: Tensor) -> None:
@@ -800,19 +787,19 @@ class Gr00tN1d5(nn.Module):
             (scratch / "config.json").write_text(json.dumps(written, indent=2))
             index = {"metadata": {"total_size": total}, "weight_map": {}}
             for file_name, shard in zip(names, shards, strict=True):
-                tensors = {_public_name(name): self._full(name, p).cpu().contiguous() for name, p in shard.items()}
+                tensors = {public_name(name): self._full(name, p).cpu().contiguous() for name, p in shard.items()}
                 save_file(tensors, scratch / file_name, metadata={"format": "pt"})
                 shutil.copymode(scratch / "config.json", scratch / file_name)  # safetensors makes it private
                 index["weight_map"].update(dict.fromkeys(tensors, file_name))
             if len(shards) > 1:
-                (scratch / _INDEX).write_text(json.dumps(index, indent=2))
+                (scratch / INDEX).write_text(json.dumps(index, indent=2))
             if not folder.exists():
                 os.replace(scratch, folder)
                 return
             new = {file.name for file in scratch.iterdir()}
             for name in new:
                 os.replace(scratch / name, folder / name)
-            for old in [*folder.glob("model*.safetensors"), folder / _INDEX]:  # of an earlier save with other shards
+            for old in [*folder.glob("model*.safetensors"), folder / INDEX]:  # of an earlier save with other shards
                 if old.name not in new:
                     old.unlink(missing_ok=True)
         finally:
@@ -825,566 +812,3 @@ class Gr00tN1d5(nn.Module):
         table = self._tables[name].to(parameter.dtype, copy=True)
         table[self._row] = parameter[0].to(table.device)
         return table
-
-
-def activation_bytes(config: Gr00tConfig, length: int, views: int, backbone: bool, checkpointing: bool) -> int:
-    """Roughly what one sample's blocks keep for the backward pass [bytes, fp32], of a prompt of `length` tokens.
-
-    Args:
-        backbone: gradients go through the backbone, too.
-        checkpointing: blocks keep their inputs alone.
-    """
-    tokens = 1 + config.num_target_vision_tokens + config.action_horizon
-    blocks = [(config.dit_layers, tokens * config.dit_dim), (config.vl_layers, length * config.text_hidden_size)]
-    if backbone:
-        blocks += [(config.text_layers, length * config.text_hidden_size)]
-        blocks += [(config.vision_layers, views * config.tokens_per_view * config.vision_hidden_size)]
-    each = 1 if checkpointing else 20  # in units of a block's input: norms, q, k, v, attention, feed-forward's 4 + 4
-    return 4 * sum(layers * size * each for layers, size in blocks)
-
-
-def memory_plan(args, policy: nn.Module, samples: int, steps: int, views: int, length: int) -> tuple[str, str]:
-    """What training takes, estimated, and which flag helps where it does not fit ("" if it does).
-
-    With a budget, micro-batches get smaller and the features leave the GPU until the estimate is within it; `args` and
-    `policy` are set so, and a GPU gives no more than that. Without one, what a rollout keeps has to fit what is free.
-
-    Args:
-        args: device, feature_cache, backbone_bf16, activation_checkpointing, micro_batch_size, max_memory_gb,
-            compile.
-        policy: with a Gr00tN1d5 as `net`.
-        samples, steps: policy calls kept for an update, with so many denoising steps each.
-        views, length: cameras and prompt tokens.
-    """
-    config = policy.net.config
-    through = any(p.requires_grad for p in policy.net.backbone.parameters())  # gradients reach the backbone
-    element = 2 if args.backbone_bf16 else next(policy.net.backbone.parameters()).element_size()
-    chain = 8 * steps * config.action_horizon * config.action_dim
-    images, features = 3 * views * config.image_size**2, length * config.text_hidden_size * element
-    one = activation_bytes(config, length, views, through, args.activation_checkpointing)
-    graph = 4 * length * (config.dit_layers * config.dit_dim + 4 * config.text_hidden_size)  # its own keys, values, features
-    on_cpu, budget = args.device == "cpu", args.max_memory_gb
-
-    def sizes(cache: str, micro: int) -> dict[str, float]:
-        """Bytes on the training device, by what takes them."""
-        kept = images if through or cache == "off" else 0 if cache == "cpu" and not on_cpu else features
-        return {
-            "weights": sum(x.nbytes for x in (*policy.parameters(), *policy.buffers())),
-            "gradients and AdamW": 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad),  # three times fp32
-            f"{samples} samples an iteration": samples * (chain + kept),
-            "activations": min(micro, samples) * one,
-        } | ({"captured sampling": min(micro, samples) * graph} if args.compile and not on_cpu else {})
-
-    if budget:
-        on_host = not on_cpu and samples * features < psutil.virtual_memory().available
-        caches = ["gpu", "cpu", "off"] if on_host else ["gpu", "off"]
-        caches = caches[caches.index(args.feature_cache) :] if args.feature_cache in caches else [args.feature_cache]
-        micros = [max(args.micro_batch_size >> i, 1) for i in range(args.micro_batch_size.bit_length())]
-        # first the largest micro-batches of 16 or more, wherever the features are, then smaller ones
-        ways = sorted(((cache, micro) for cache in caches for micro in micros), key=lambda way: way[1] < min(16, micros[0]))
-        totals = {way: sum(sizes(*way).values()) for way in ways}
-        fitting = [way for way in ways if totals[way] <= budget * 1e9]
-        if not fitting:
-            least = math.ceil(min(totals.values()) / 1e8) / 10
-            return f"an estimate of {least} GB at least, above the budget of {budget:g} GB", f"--max-memory-gb {least}"
-        args.feature_cache, args.micro_batch_size = fitting[0]
-        policy.micro_batch_size = args.micro_batch_size
-        if not on_cpu:
-            index = torch.device(args.device).index  # None: the current one
-            share = budget * 1e9 / torch.cuda.get_device_properties(index).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(share, 1.0), index)
-    planned = sizes(args.feature_cache, args.micro_batch_size)
-    plan = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in planned.items()) + " GB (estimated)"
-    if budget:
-        place = {"gpu": "kept", "cpu": "kept on the host", "off": "computed again"}[args.feature_cache]
-        return f"{plan}; within {budget:g} GB: micro-batches of {args.micro_batch_size}, features {place}", ""
-    host = on_cpu or (args.feature_cache == "cpu" and not through)
-    free = psutil.virtual_memory().available if host else torch.cuda.mem_get_info()[0]
-    needed = samples * (chain + (images if through or args.feature_cache == "off" else features))
-    plan += f", {free / 1e9:.1f} GB free {'on the host' if host else 'on the GPU'}"
-    return plan, f"--feature-cache {'off' if host else 'cpu'}" if needed > free else ""
-
-
-# ----------------------------------------------------------------------------------------------------- checkpoint files
-_INDEX = "model.safetensors.index.json"
-_EMBED, _LM_HEAD = "backbone.language_model.embed_tokens.weight", "backbone.language_model.lm_head.weight"
-
-
-def _plain_name(key: str) -> str:
-    """One spelling for all: ours, NVIDIA's, transformers 4's (vision_model twice) and 5's (once)."""
-    key = key.replace("backbone.eagle_model.", "backbone.", 1)
-    key = key.replace("backbone.vision_model.vision_model.", "backbone.vision_model.", 1)
-    return key.replace("backbone.language_model.model.", "backbone.language_model.", 1)
-
-
-def _public_name(name: str) -> str:
-    """NVIDIA's key for a parameter of ours."""
-    name = _plain_name(name).replace("backbone.", "backbone.eagle_model.", 1)
-    name = name.replace("eagle_model.vision_model.", "eagle_model.vision_model.vision_model.", 1)
-    return name.replace("eagle_model.language_model.", "eagle_model.language_model.model.", 1)
-
-
-def _find_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Path, str]]:
-    """Where each parameter lies: (file, key). One ValueError lists what is missing, unexpected or wrongly shaped."""
-    files = [folder / "model.safetensors"]
-    if (folder / _INDEX).is_file():
-        try:
-            files = sorted({folder / name for name in _read_json(folder / _INDEX)["weight_map"].values()})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / _INDEX}: not an index of safetensors shards ({error!r})") from error
-    found: dict[str, tuple[int, ...]] = {}
-    places: dict[str, Path] = {}
-    for file in files:
-        with _open_safetensors(file) as tensors:
-            for key in tensors.keys():
-                found[key], places[key] = tuple(tensors.get_slice(key).get_shape()), file
-    keys = _match(f"{folder}: the weights do not fit the network of its config.json", shapes, found)
-    return {name: (places[key], key) for name, key in keys.items()}
-
-
-def _match_live(model: Gr00tN1d5, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The live model's key of each of our parameters."""
-    shapes = {name: tuple(model._tables.get(name, p).shape) for name, p in model.named_parameters()}
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    return _match("the live model does not fit the network", shapes, found, extra=True)
-
-
-def _match(
-    problem: str, shapes: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], extra: bool = False
-) -> dict[str, str]:
-    """The public key of each of our parameters, given the shapes of both; with `extra`, other keys may be there, too."""
-    keys = {_plain_name(key): key for key in found}
-    lm_head = keys.pop(_LM_HEAD, None)
-    if lm_head is not None:
-        keys.setdefault(_EMBED, lm_head)  # tied weights: some fine-tunes keep only this one
-    own = {_plain_name(name): name for name in shapes}
-    unused = [name for name in keys if name not in own and not name.startswith("backbone.vision_model.head.")]
-    fitting = {own[name]: key for name, key in keys.items() if name in own}
-    problems = {
-        "missing": [_public_name(name) for name in own if name not in keys],
-        "unexpected": [] if extra else [keys[name] for name in unused],
-        "wrong shape": [
-            f"{key} {found[key]} instead of {shapes[name]}"
-            for name, key in fitting.items()
-            if found[key] != shapes[name]
-        ],
-    }
-    if any(problems.values()):
-        lines = [problem]
-        for kind, names in problems.items():
-            if names:
-                more = f", and {len(names) - 20} more" if len(names) > 20 else ""
-                lines.append(f"{len(names)} {kind}: {', '.join(sorted(names)[:20])}{more}")
-        raise ValueError("\n".join(lines))
-    return fitting
-
-
-@contextmanager
-def _open_safetensors(file: Path) -> Iterator[safe_open]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such weight file (only safetensors are read)")
-    try:
-        tensors = safe_open(file, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from error
-    with tensors as opened:
-        yield opened
-
-
-def _read_json(file: Path) -> dict:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; is this a GR00T N1.5 checkpoint folder?")
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return content
-
-
-def _resolve(path: str | Path, local_files_only: bool = False) -> Path:
-    """A local folder as it is; any other owner/name is taken for a hub id."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
-        raise FileNotFoundError(f"{path}: no such folder")
-    try:
-        patterns = ["*.safetensors", "*.json", "*.txt"]  # never pickles
-        return Path(snapshot_download(str(path), allow_patterns=patterns, local_files_only=local_files_only))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"{path}: no such folder, and nothing from the Hugging Face hub ({reason}); "
-            f"where there is a network: hf download {path} --local-dir <folder>, then name that folder here"
-        ) from error
-
-
-def is_full_size(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint has the full network (a hub id is taken to)."""
-    try:
-        return json.loads((Path(checkpoint) / "config.json").read_text())["action_head_cfg"]["hidden_size"] >= 512
-    except (OSError, ValueError, KeyError):
-        return True
-
-
-# ------------------------------------------------------------------------------------------------------------ processor
-STATISTICS = ("max", "min", "mean", "std", "q01", "q99")
-
-
-class Normalizer:
-    """Normalises the last dimension of (..., d) tensors by key and mode, after Isaac-GR00T's transform/state_action.py.
-
-    | mode     | forward                              | degenerate range | inverse                     |
-    |----------|--------------------------------------|------------------|-----------------------------|
-    | min_max  | 2 (x - min) / (max - min) - 1        | 0                | (y + 1)/2 (max - min) + min |
-    | q99      | the same with q01, q99, then clipped | x, then clipped  | the same with q01, q99      |
-    | mean_std | (x - mean) / std                     | x                | y std + mean                |
-    | binary   | x > 0.5                              |                  | y > 0.5                     |
-    """
-
-    def __init__(self, statistics: Mapping[str, Mapping[str, Sequence[float]]], modes: Mapping[str, str]):
-        columns: dict[str, list[Tensor]] = {}
-        for key, values in statistics.items():
-            mode = modes.get(key, "min_max")
-            if mode not in ("min_max", "q99", "mean_std", "binary"):
-                raise ValueError(f"normalisation mode {mode!r} of {key!r} is not one of min_max, q99, mean_std, binary")
-            stat = {name: torch.tensor(values[name], dtype=torch.float32).flatten() for name in STATISTICS}
-            low, high = (stat["q01"], stat["q99"]) if mode == "q99" else (stat["min"], stat["max"])
-            symmetric = mode in ("min_max", "q99")
-            for name, value in {
-                "shift": stat["mean"] if mode == "mean_std" else low,
-                "range": stat["std"] if mode == "mean_std" else high - low,
-                "gain": 2.0 if symmetric else 1.0,
-                "bias": -1.0 if symmetric else 0.0,
-                "keep": 0.0 if mode == "min_max" else 1.0,  # what is left of x where the range is 0
-                "clip": float(mode == "q99"),
-                "binary": float(mode == "binary"),
-            }.items():
-                columns.setdefault(name, []).append(torch.zeros_like(low) + value)
-        self.columns = {name: torch.cat(values) for name, values in columns.items()}  # (d,) each
-
-    def __len__(self) -> int:
-        return len(self.columns["shift"])
-
-    def _columns(self, x: Tensor) -> dict[str, Tensor]:
-        if x.shape[-1] != len(self):
-            raise ValueError(f"{x.shape[-1]} dimensions, the statistics have {len(self)}")
-        return self.columns
-
-    def to(self, device: str | torch.device) -> "Normalizer":
-        self.columns = {name: column.to(device) for name, column in self.columns.items()}
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        c, x = self._columns(x), x.float()
-        degenerate = c["range"] == 0
-        y = c["gain"] * (x - c["shift"]) / torch.where(degenerate, 1.0, c["range"]) + c["bias"]
-        y = torch.where(degenerate, c["keep"] * x, y)
-        y = torch.where(c["clip"] > 0, y.clamp(-1, 1), y)
-        return torch.where(c["binary"] > 0, (x > 0.5).float(), y)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        c, y = self._columns(y), y.float()
-        x = (y - c["bias"]) / c["gain"] * c["range"] + c["shift"]
-        return torch.where(c["binary"] > 0, (y > 0.5).float(), x)
-
-
-class Augmentation(NamedTuple):
-    """How B samples' images are changed in training, one draw for all views of a sample. On the host."""
-
-    crop: Tensor  # (B, 2) in [0, 1): where the crop lies between top and bottom, left and right
-    factors: Tensor  # (B, 4) of brightness, contrast, saturation, and the shift of hue
-    order: Tensor  # (B, 4) in which these four come
-
-    @classmethod
-    def draw(cls, n: int, generator: torch.Generator) -> "Augmentation":
-        """NVIDIA's RandomCrop and ColorJitter(0.3, 0.4, 0.5, 0.08), for n samples; the generator is a CPU one."""
-        uniform = torch.rand(n, 10, generator=generator)
-        center, width = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.3, 0.4, 0.5, 0.08]])
-        return cls(uniform[:, :2], center + width * (2 * uniform[:, 2:6] - 1), uniform[:, 6:].argsort(1))
-
-
-class Gr00tProcessor:
-    """Between raw numbers and the network: prompt, images, normalisation, and the files that describe them.
-
-    `metadata` is NVIDIA's experiment_cfg/metadata.json, `tag` the entry in use; keys are concatenated in its order.
-    NVIDIA's file does not name the normalisation modes (its data configs do): `modes` gives them by "state.key" or
-    "action.key", absent ones are min_max, and other ones are kept in the file under "normalization_modes".
-    """
-
-    def __init__(
-        self,
-        config: Gr00tConfig,
-        tokenizer: Tokenizer,
-        metadata: dict,
-        tag: str,
-        modes: Mapping[str, str] | None = None,
-    ):
-        self.config, self.tokenizer, self.metadata, self.tag = config, tokenizer, metadata, tag
-        found, wanted = tokenizer.token_to_id(config.image_token), config.image_token_id
-        if found != wanted:
-            raise ValueError(f"the tokenizer has {config.image_token} at {found}, the config at {wanted}")
-        try:
-            statistics = {m: metadata[tag]["statistics"][m] for m in ("state", "action")}
-            self.modes = dict(modes if modes is not None else metadata[tag].get("normalization_modes", {}))
-            unknown = set(self.modes) - {f"{m}.{key}" for m in statistics for key in statistics[m]}
-            if unknown:
-                raise ValueError(f"normalisation modes for unknown keys: {', '.join(sorted(unknown))}")
-            for modality, keys in statistics.items():
-                for key, values in keys.items():
-                    absent = [name for name in STATISTICS if name not in values]
-                    if absent:
-                        raise ValueError(f"{tag}: statistics of {modality}.{key} lack {', '.join(absent)}")
-                    sizes = {name: np.size(values[name]) for name in STATISTICS}
-                    if len(set(sizes.values())) > 1:
-                        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-                        raise ValueError(f"{tag}: statistics of {modality}.{key} differ in dimensions ({listed})")
-            self.normalizers = {
-                m: Normalizer(keys, {k: self.modes[f"{m}.{k}"] for k in keys if f"{m}.{k}" in self.modes})
-                for m, keys in statistics.items()
-            }
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{tag}: incomplete metadata ({error!r})") from error
-        for modality, limit in (("state", config.state_dim), ("action", config.action_dim)):
-            found = len(self.normalizers[modality])
-            if found > limit:
-                raise ValueError(f"{tag}: {found} {modality} dimensions, the network has {limit}")
-
-    # files
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        config: Gr00tConfig,
-        embodiment_tag: str | None = None,
-        modes: Mapping[str, str] | None = None,
-        tokenizer: Tokenizer | None = None,
-        local_files_only: bool = False,
-    ) -> "Gr00tProcessor":
-        """Reads experiment_cfg/metadata.json and the tokenizer of a checkpoint (folder or hub id).
-
-        The tag may be None where the file has exactly one. Without tokenizer files the hub's Eagle processor is used.
-        Raises FileNotFoundError for absent files, ValueError for an unknown tag or unusable content.
-        """
-        folder = _resolve(folder, local_files_only)
-        file = folder / "experiment_cfg" / "metadata.json"
-        metadata = _read_json(file)
-        if embodiment_tag is None and len(metadata) == 1:
-            embodiment_tag = next(iter(metadata))
-        if embodiment_tag not in metadata:
-            raise ValueError(f"{file}: embodiment tag {embodiment_tag!r} is not one of {', '.join(sorted(metadata))}")
-        tokenizer = tokenizer or load_tokenizer(folder, local_files_only)
-        try:
-            return cls(config, tokenizer, metadata, embodiment_tag, modes)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes experiment_cfg/metadata.json and tokenizer.json; other tags' entries are kept as they were read."""
-        folder = Path(folder)
-        entry = {key: value for key, value in self.metadata[self.tag].items() if key != "normalization_modes"}
-        if self.modes:
-            entry["normalization_modes"] = self.modes
-        texts = {
-            folder / "experiment_cfg" / "metadata.json": json.dumps({**self.metadata, self.tag: entry}, indent=2),
-            folder / "tokenizer.json": self.tokenizer.to_str(pretty=False),
-        }
-        for file, text in texts.items():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            scratch = file.with_name(f".{file.name}.writing-{os.getpid()}")
-            scratch.write_text(text)
-            os.replace(scratch, file)
-
-    @classmethod
-    def from_statistics(
-        cls,
-        config: Gr00tConfig,
-        tag: str,
-        state: Mapping[str, Tensor],
-        action: Mapping[str, Tensor],
-        video: Mapping[str, Mapping],
-        tokenizer: Tokenizer,
-        modes: Mapping[str, str] | None = None,
-    ) -> "Gr00tProcessor":
-        """Statistics of data {key: (N, d)}; video {key: {"resolution": [W, H], "channels", "fps"}} goes along."""
-        statistics: dict = {"state": {}, "action": {}}
-        modalities: dict = {"video": {key: dict(value) for key, value in video.items()}, "state": {}, "action": {}}
-        for modality, data in (("state", state), ("action", action)):
-            for key, values in data.items():
-                x = values.detach().double().cpu().numpy()  # numpy: torch.quantile stops at 16M elements
-                q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
-                found = {"max": x.max(0), "min": x.min(0), "mean": x.mean(0), "std": x.std(0), "q01": q01, "q99": q99}
-                statistics[modality][key] = {name: value.tolist() for name, value in found.items()}
-                described = {"absolute": True, "rotation_type": None, "shape": [x.shape[1]], "continuous": True}
-                modalities[modality][key] = described
-        metadata = {tag: {"statistics": statistics, "modalities": modalities, "embodiment_tag": tag}}
-        return cls(config, tokenizer, metadata, tag, modes)
-
-    def to(self, device: str | torch.device) -> "Gr00tProcessor":
-        """Moves the statistics, in place."""
-        for normalizer in self.normalizers.values():
-            normalizer.to(device)
-        return self
-
-    @property
-    def embodiment_id(self) -> int:
-        """The tag's row of the category-specific layers; 0 in a network with one row."""
-        if self.config.num_embodiments == 1:
-            return 0
-        if self.tag not in EMBODIMENT_IDS:
-            raise ValueError(f"embodiment tag {self.tag!r} has no id; known: {', '.join(EMBODIMENT_IDS)}")
-        return EMBODIMENT_IDS[self.tag]
-
-    @property
-    def camera_size(self) -> int:
-        """Height and width [px] of a camera whose images have the network's size once they are cropped."""
-        return math.ceil(self.config.image_size / self.config.image_crop)
-
-    # inputs
-    def prompt(self, instruction: str, views: int = 1, bracketed: bool = False, pad_to: int | None = None) -> Tensor:
-        """Token ids (L,) of an instruction and its camera views.
-
-        Args:
-            bracketed: "['sentence']". NVIDIA trains on the plain sentence and serves single observations so.
-            pad_to: L, with zeros on the right; None: no padding. RLinf pads ids and mask so (its padding_value, 570 for
-                the cube stacking checkpoint); its head attends to the padding, which changes the actions. A policy that
-                continues from RLinf's weights needs these ids, and the unpadded lengths for `Backbone.forward`. Read
-                off RLinf's code: ids, mask, a head without a mask. Inferred from transformers' code, not run: the
-                features of the padding (`Backbone.padding_feature`). Not matched: instructions of different lengths in
-                one batch, which RLinf's tokenizer first pads on the left.
-
-        Raises ValueError for a word unknown to a word-level tokenizer and for more than max_prompt_tokens tokens, or
-        more than pad_to.
-        """
-        config = self.config
-        instruction = instruction if instruction.strip() else DEFAULT_INSTRUCTION
-        text = f"['{instruction}']" if bracketed else instruction
-        tokens = config.image_token * config.tokens_per_view
-        images = "".join(config.image_template.format(view=view, tokens=tokens) for view in range(1, views + 1))
-        text = config.prompt_template.replace("{images}", images).replace("{instruction}", text)
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        unknown_id = self.tokenizer.token_to_id(getattr(self.tokenizer.model, "unk_token", None) or "<unk>")
-        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id == unknown_id:
-                raise ValueError(f"instruction {instruction!r}: the word {text[start:end]!r} is not in the vocabulary")
-        if encoding.ids.count(config.image_token_id) != views * config.tokens_per_view:
-            raise ValueError(f"instruction {instruction!r}: holds {config.image_token}, kept for image features")
-        length, limit = len(encoding.ids), config.max_prompt_tokens
-        if length > limit:
-            raise ValueError(f"instruction {instruction!r}: {length} prompt tokens, at most {limit} are allowed")
-        if pad_to is not None and length > pad_to:
-            raise ValueError(f"instruction {instruction!r}: {length} prompt tokens cannot be padded to {pad_to}")
-        return pad_prompts([torch.tensor(encoding.ids)], pad_to)[0][0]
-
-    def images(self, images: Tensor, augmentation: Augmentation | None = None) -> Tensor:
-        """Pixels (B*V, 3, S, S) in [-1, 1] from uint8 images (B, V, H, W, 3), on their device.
-
-        NVIDIA's evaluation transform: centre crop, antialiased bilinear resize, truncation to uint8. Where neither crop
-        nor resize is due the bytes are taken as they are. With an `augmentation`, NVIDIA's training transform: the crop
-        is a random one, and colours are jittered after the resize.
-        """
-        if images.dtype != torch.uint8 or images.ndim != 5 or images.shape[-1] != 3:
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, not uint8 (B, V, H, W, 3)")
-        size, crop = self.config.image_size, self.config.image_crop
-        x = images.permute(0, 1, 4, 2, 3)  # (B, V, 3, H, W)
-        height, width = x.shape[-2:]
-        if not x.shape[1]:  # no camera
-            return x.new_empty(0, 3, size, size, dtype=torch.float32)
-        h, w = int(crop * height), int(crop * width)
-        if augmentation is not None:
-            x = torch.stack([self._augmented(*sample) for sample in zip(x, *augmentation, strict=True)])
-        elif (h, w) != (height, width) or (h, w) != (size, size):
-            # torchvision's center_crop
-            x = self._resized(x.flatten(0, 1), round((height - h) / 2), round((width - w) / 2), h, w)
-            x = (x * 255).to(torch.uint8)  # truncates, as in the reference
-        return x.reshape(-1, 3, size, size).float() / 127.5 - 1
-
-    def _resized(self, x: Tensor, top: int, left: int, h: int, w: int) -> Tensor:
-        """A crop of uint8 images (..., 3, H, W), in [0, 1], at the network's size."""
-        size = self.config.image_size
-        x = x[..., top : top + h, left : left + w].float() / 255
-        if (h, w) != (size, size):
-            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        return x
-
-    def _augmented(self, x: Tensor, crop: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-        """One sample's views, uint8 (V, 3, H, W), as uint8 (V, 3, S, S)."""
-        from torchvision.transforms.v2 import functional as jitter  # takes seconds, and only imitation needs it
-
-        height, width = x.shape[-2:]
-        h, w = int(self.config.image_crop * height), int(self.config.image_crop * width)
-        top, left = (int(u * (free + 1)) for u, free in zip(crop.tolist(), (height - h, width - w)))
-        x, values = self._resized(x, top, left, h, w), factors.tolist()
-        adjust = (jitter.adjust_brightness, jitter.adjust_contrast, jitter.adjust_saturation, jitter.adjust_hue)
-        for i in order.tolist():
-            x = adjust[i](x, values[i])
-        return (x * 255).to(torch.uint8)
-
-    def normalize_state(self, state: Tensor) -> Tensor:
-        """Raw state (B, d) -> (B, 1, state_dim), zero-padded on the right."""
-        state = self.normalizers["state"].forward(state)
-        return F.pad(state, (0, self.config.state_dim - state.shape[-1]))[:, None]
-
-    def normalize_action(self, action: Tensor) -> Tensor:
-        """Raw actions (B, H, d) -> (B, H, action_dim), zero-padded on the right."""
-        action = self.normalizers["action"].forward(action)
-        return F.pad(action, (0, self.config.action_dim - action.shape[-1]))
-
-    def unnormalize_action(self, action: Tensor) -> Tensor:
-        """The network's actions (B, H, action_dim) -> raw actions (B, H, d), not clipped."""
-        return self.normalizers["action"].inverse(action[..., : self.valid_action_dims])
-
-    @property
-    def valid_action_dims(self) -> int:
-        """d: the leading action dimensions that are not padding."""
-        return len(self.normalizers["action"])
-
-
-def pad_prompts(prompts: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Token ids (P, L), padded with zeros on the right to `length` or the longest, and the lengths (P,) before.
-
-    Raises ValueError where a prompt is longer than `length`.
-    """
-    lengths = [len(prompt) for prompt in prompts]
-    length = max(lengths) if length is None else length
-    if max(lengths) > length:
-        raise ValueError(f"a prompt of {max(lengths)} tokens cannot be padded to {length}")
-    return torch.stack([F.pad(prompt, (0, length - len(prompt))) for prompt in prompts]), torch.tensor(lengths)
-
-
-def load_tokenizer(path: str | Path, local_files_only: bool = False) -> Tokenizer:
-    """tokenizer.json if there is one, else the Eagle processor's vocab.json and merges.txt, here or on the hub."""
-    folder = _resolve(path, local_files_only)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        try:
-            folder = _resolve(EAGLE_PROCESSOR, local_files_only)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{folder}: has no tokenizer, and the hub's cannot be had; where there is a network: hf download "
-                f"{EAGLE_PROCESSOR} --local-dir <folder>, then copy its .json and .txt files, config.json excepted, here"
-            ) from error
-    try:
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return Qwen2TokenizerFast.from_pretrained(folder).backend_tokenizer
-    except Exception as error:  # tokenizers raises a bare Exception
-        raise ValueError(f"{folder}: unusable tokenizer files ({error})") from error
-
-
-def tiny_tokenizer(words: Sequence[str], config: Gr00tConfig) -> Tokenizer:
-    """One token per word, split at whitespace: for a network that knows only its task's words.
-
-    Raises ValueError where the words do not fit the config's vocabulary.
-    """
-    vocabulary = {config.image_token: config.image_token_id}
-    free = (i for i in range(config.vocab_size) if i != config.image_token_id)
-    for word, token_id in zip(dict.fromkeys(["<unk>", *words]), free, strict=False):
-        vocabulary[word] = token_id
-    if not set(words) <= set(vocabulary):
-        raise ValueError(f"{len(set(words))} words do not fit a vocabulary of {config.vocab_size}")
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<unk>", config.image_token])
-    return tokenizer

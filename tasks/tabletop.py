@@ -45,7 +45,7 @@ from isaaclab_newton.physics import MJWarpSolverCfg, NewtonCfg, NewtonShapeCfg
 from isaaclab_tasks.utils import PresetCfg
 from isaaclab_tasks.utils.presets import MultiBackendRendererCfg
 
-log = logging.getLogger("tabletop")
+log = logging.getLogger(__name__)
 
 TASK_ID = "Tabletop-Lift-Cube-v0"
 COLOURS = ("red", "blue")

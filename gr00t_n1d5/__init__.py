@@ -1,0 +1,21 @@
+"""GR00T N1.5 without NVIDIA's `gr00t` package, whose old transformers and compiled flash-attn exclude Isaac Lab 3.0.
+
+    network.py     the network and its config.json
+    processor.py   prompt, images, normalisation
+    files.py       checkpoint files; needs no torch
+    policy.py      a checkpoint, its prompts and a device: what the scripts build their actors on
+
+Names are looked up when they are asked for, so that importing `gr00t_n1d5.files` costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_"):
+        for home in ("network", "processor", "policy"):
+            module = importlib.import_module(f"{__name__}.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,139 @@
+"""Checkpoint files in NVIDIA's layout: where they lie, what their keys are called, whether they fit. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
+    from torch import Tensor, nn
+
+INDEX = "model.safetensors.index.json"
+EMBED, LM_HEAD = "backbone.language_model.embed_tokens.weight", "backbone.language_model.lm_head.weight"
+
+
+def plain_name(key: str) -> str:
+    """One spelling for all: ours, NVIDIA's, transformers 4's (vision_model twice) and 5's (once)."""
+    key = key.replace("backbone.eagle_model.", "backbone.", 1)
+    key = key.replace("backbone.vision_model.vision_model.", "backbone.vision_model.", 1)
+    return key.replace("backbone.language_model.model.", "backbone.language_model.", 1)
+
+
+def public_name(name: str) -> str:
+    """NVIDIA's key for a parameter of ours."""
+    name = plain_name(name).replace("backbone.", "backbone.eagle_model.", 1)
+    name = name.replace("eagle_model.vision_model.", "eagle_model.vision_model.vision_model.", 1)
+    return name.replace("eagle_model.language_model.", "eagle_model.language_model.model.", 1)
+
+
+def find_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Path, str]]:
+    """Where each parameter lies: (file, key). One ValueError lists what is missing, unexpected or wrongly shaped."""
+    files = [folder / "model.safetensors"]
+    if (folder / INDEX).is_file():
+        try:
+            files = sorted({folder / name for name in read_json(folder / INDEX)["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / INDEX}: not an index of safetensors shards ({error!r})") from error
+    found: dict[str, tuple[int, ...]] = {}
+    places: dict[str, Path] = {}
+    for file in files:
+        with open_safetensors(file) as tensors:
+            for key in tensors.keys():
+                found[key], places[key] = tuple(tensors.get_slice(key).get_shape()), file
+    keys = _match(f"{folder}: the weights do not fit the network of its config.json", shapes, found)
+    return {name: (places[key], key) for name, key in keys.items()}
+
+
+def match_live(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The live model's key of each of our parameters."""
+    shapes = {name: tuple(model._tables.get(name, p).shape) for name, p in model.named_parameters()}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return _match("the live model does not fit the network", shapes, found, extra=True)
+
+
+def _match(
+    problem: str, shapes: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], extra: bool = False
+) -> dict[str, str]:
+    """The public key of each of our parameters, given the shapes of both; with `extra`, other keys may be there, too."""
+    keys = {plain_name(key): key for key in found}
+    lm_head = keys.pop(LM_HEAD, None)
+    if lm_head is not None:
+        keys.setdefault(EMBED, lm_head)  # tied weights: some fine-tunes keep only this one
+    own = {plain_name(name): name for name in shapes}
+    unused = [name for name in keys if name not in own and not name.startswith("backbone.vision_model.head.")]
+    fitting = {own[name]: key for name, key in keys.items() if name in own}
+    problems = {
+        "missing": [public_name(name) for name in own if name not in keys],
+        "unexpected": [] if extra else [keys[name] for name in unused],
+        "wrong shape": [
+            f"{key} {found[key]} instead of {shapes[name]}"
+            for name, key in fitting.items()
+            if found[key] != shapes[name]
+        ],
+    }
+    if any(problems.values()):
+        lines = [problem]
+        for kind, names in problems.items():
+            if names:
+                more = f", and {len(names) - 20} more" if len(names) > 20 else ""
+                lines.append(f"{len(names)} {kind}: {', '.join(sorted(names)[:20])}{more}")
+        raise ValueError("\n".join(lines))
+    return fitting
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[safe_open]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such weight file (only safetensors are read)")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        tensors = safe_open(file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from error
+    with tensors as opened:
+        yield opened
+
+
+def read_json(file: Path) -> dict:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; is this a GR00T N1.5 checkpoint folder?")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return content
+
+
+def resolve_folder(path: str | Path, local_files_only: bool = False) -> Path:
+    """A local folder as it is; any other owner/name is taken for a hub id."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
+        raise FileNotFoundError(f"{path}: no such folder")
+    from huggingface_hub import snapshot_download  # slow to import
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt"]  # never pickles
+        return Path(snapshot_download(str(path), allow_patterns=patterns, local_files_only=local_files_only))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"{path}: no such folder, and nothing from the Hugging Face hub ({reason}); "
+            f"where there is a network: hf download {path} --local-dir <folder>, then name that folder here"
+        ) from error
+
+
+def is_full_size(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint has the full network (a hub id is taken to)."""
+    try:
+        return json.loads((Path(checkpoint) / "config.json").read_text())["action_head_cfg"]["hidden_size"] >= 512
+    except (OSError, ValueError, KeyError):
+        return True
