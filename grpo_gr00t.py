@@ -32,9 +32,8 @@ from typing import Literal
 
 import tyro
 
-from common import (
-    Metrics, Noise, Ranks, Run, StageTimer, check_positive, group_advantages, pick_device, run_name, saved_args, wilson_interval,
-)  # fmt: skip
+from common import Metrics, Noise, Ranks, Run, StageTimer, group_advantages, wilson_interval
+from common import check_positive, pick_device, run_name, saved_args
 from gr00t_n1d5.files import is_full_size
 from tasks.gr00t import TASKS, Prompts, check_columns, copy_leaders, end_terms, find_task, refresh_observations, task_config
 
@@ -475,10 +474,11 @@ def main(args: Args) -> None:
     ranks, task = Ranks.start(args.device), TASKS[args.task]
     policy = Gr00tActor(args)
     samples = args.num_envs // ranks.world * (task.horizon // policy.chunk)
-    args.feature_cache, policy.micro_batch_size, plan = plan_memory(
-        policy, samples, args.feature_cache, args.micro_batch_size, args.max_memory_gb, args.activation_checkpointing, args.compile
-    )
-    args.micro_batch_size = policy.micro_batch_size
+    args.feature_cache, args.micro_batch_size, plan = plan_memory(
+        policy, samples, args.feature_cache, args.micro_batch_size, args.max_memory_gb,
+        args.activation_checkpointing, args.compile,
+    )  # fmt: skip
+    policy.micro_batch_size = args.micro_batch_size
     with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device) as run:
         run.restore(policy.load)
         run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs in groups of {args.group_size}; {plan}")
