@@ -912,16 +912,17 @@ class Run:
 
         Args:
             stages: seconds of this iteration by stage: env, policy, update.
-            steps: environment steps of an iteration, over all ranks.
+            steps: environment steps of an iteration, over all ranks; 0 where there are none to count.
         """
         state = self.state
         state["iteration"] = iteration + 1
         state["stages"] = {name: value + state["stages"].get(name, 0.0) for name, value in stages.items()}
         if not self.is_main:
             return
-        speeds = {f"sps/{name}": value for name, value in steps_per_second(steps, stages).items()}
+        speeds = {f"sps/{name}": value for name, value in steps_per_second(steps, stages).items() if steps}
         times = {f"time/{name}": value for name, value in stages.items()} | {"time/elapsed": self.elapsed()}
-        numbers = {k: float(x) for k, x in metrics.items()} | {"env_steps": (iteration + 1) * steps} | speeds | times
+        numbers = {k: float(x) for k, x in metrics.items()} | speeds | times
+        numbers |= {"env_steps": (iteration + 1) * steps} if steps else {}
         self._metrics.write(json.dumps({"iteration": iteration, **plain(numbers)}) + "\n")
         self._metrics.flush()
         self._wandb_do(lambda run: run.log({"iteration": iteration, **numbers}))
@@ -1033,8 +1034,8 @@ class Run:
         except Exception as error:  # a full disk, in whatever words the writer has for it: hours of training go on
             self.event(f"checkpoint {name} could not be written, earlier ones are kept: {error}")
             return
-        for outdated in sorted(folder.glob("step_*"))[:-2]:
-            shutil.rmtree(outdated)
+        for outdated in sorted(folder.glob("step_*/trainer_state.pt"))[:-2]:
+            shutil.rmtree(outdated.parent)
         self.curves()
 
     # ------------------------------------------------ pictures

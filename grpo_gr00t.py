@@ -296,7 +296,7 @@ def rollout(env: ChunkEnv, policy: Gr00tActor, args: Args, iteration: int, ranks
         with timer("policy"):
             out = policy.act(obs, noise, explore=True)
             kept = out.exclude("action").update({"state": obs["state"], "prompt": obs["prompt"], "valid": ~env.ended})
-            if args.feature_cache == "off":
+            if args.feature_cache == "off" or policy.trains_backbone:
                 kept = kept.exclude("features").set("images", obs["images"])
             if t == 0:
                 samples = sample_buffer(kept, T, on_host=args.feature_cache == "cpu")
@@ -332,6 +332,7 @@ def grpo_loss(policy: Gr00tActor, batch: TensorDict, args: Args, log: Metrics, f
 
     `first`: the policy is still that of the rollout: ratios have to be 1, and the KL is measured even if it weighs nothing.
     """
+    batch["features"] = policy.features(batch)  # as kept, or computed again
     log_prob, mean, std = policy.evaluate(batch)
     log_ratio = (log_prob - batch["log_prob"]).clamp(-20, 20)  # (B,)
     ratio, advantage, weight = log_ratio.exp(), batch["advantage"], batch["weight"]
@@ -384,10 +385,10 @@ def learning_rate(args: Args, iteration: int) -> float:
     return args.learning_rate * warm * (1 - 0.9 * min(max(past, 0.0), 1.0))
 
 
-def check_ratio(metrics: dict[str, float], args: Args) -> None:
+def check_ratio(metrics: dict[str, float], tolerance: float) -> None:
     """Stops a run whose update does not see the policy of the rollout."""
     error = metrics.get("update/first_ratio_error", 0.0)
-    if error > TOLERANCE[args.precision]:
+    if error > tolerance:
         raise SystemExit(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
 
 
@@ -409,7 +410,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
             metrics = log.read()
             del samples  # before there are others
         if iteration == 0:
-            check_ratio(metrics, args)
+            check_ratio(metrics, TOLERANCE[args.precision])
         metrics |= {"episodes": (iteration + 1) * args.num_envs, "update/learning_rate": learning_rate(args, iteration)}
         last = iteration + 1 == args.iterations
         if args.eval_episodes and (last or (args.eval_every and (iteration + 1) % args.eval_every == 0)):
@@ -481,7 +482,7 @@ def main(args: Args) -> None:
     policy.micro_batch_size = args.micro_batch_size
     with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device) as run:
         run.restore(policy.load)
-        run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs in groups of {args.group_size}; {plan}")
+        run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs; {plan}")
         run.event(f"instructions: {'; '.join(policy.texts)}")
         run.event(f"starting the simulator (its own output: {run.dir}/simulator.log)")
         with make_env(args, policy.camera_size, run.dir, ranks) as env:

@@ -122,7 +122,7 @@ def parse(command: list[str] | None = None) -> Args:
         early.add_argument(name)
     asked, _ = early.parse_known_args(command)
     default = saved_args(asked.resume, Args) if asked.resume else task_args(asked.task, asked.checkpoint)
-    args = tyro.cli(Args, args=command, default=default, description=__doc__)
+    args = tyro.cli(Args, args=command, default=default)
     check(args)
     return args
 
@@ -188,8 +188,8 @@ def make_env(args: Args, cfg: Any, ranks: Ranks, log: Path):
 
 
 # ======== policy ======================================================================================================
-class ActorCritic(nn.Module):
-    """Separate networks for policy and value; Gaussian or categorical actions with independent components.
+class Policy(nn.Module):
+    """Gaussian or categorical actions with independent components; networks and `log_std` (C,) are the subclass's.
 
     The parameters (..., P) of the distribution are the mean, or the log-probabilities of all components side by side.
     """
@@ -197,12 +197,6 @@ class ActorCritic(nn.Module):
     def __init__(self, spaces: Spaces, args: Args):
         super().__init__()
         self.spaces, self.args = spaces, args
-        self.actor = Network(spaces.obs, spaces.outputs, 0.01, args)
-        self.critic = Network(spaces.critic or spaces.obs, 1, 1.0, args)
-        self.log_std = nn.Parameter(torch.full((spaces.continuous,), math.log(args.init_std)))
-        self.obs_norm = RunningNorm(*spaces.obs) if args.normalize_obs else nn.Identity()
-        self.critic_norm = RunningNorm(*spaces.critic) if args.normalize_obs and spaces.critic else nn.Identity()
-        self.return_norm = RunningNorm(1)
 
     def save(self, folder: Path) -> None:
         """Weights and running statistics, and what they are for: the task and the network's arguments."""
@@ -215,33 +209,6 @@ class ActorCritic(nn.Module):
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.log_std.device.type, torch.bfloat16, self.args.mixed_precision)
-
-    def forward(self, obs: Tensor, state: Tensor | None = None, starts: Tensor | None = None):
-        """Parameters of the distribution for normalised observations, and the LSTM's states."""
-        with self.autocast():
-            out, states = self.actor(obs, state, starts)
-        return self.distribution(out), states
-
-    def value(self, obs: Tensor, state: Tensor | None = None, starts: Tensor | None = None):
-        """Values (...,) of normalised critic observations, and the LSTM's states."""
-        with self.autocast():
-            out, states = self.critic(obs, state, starts)
-        return out.squeeze(-1), states
-
-    @torch.no_grad()
-    def act(self, obs: Tensor, noise: Tensor | None, state: Tensor | None = None, starts: Tensor | None = None):
-        """Actions (N, C) for raw observations (N, d): drawn with `noise` (N, P), or the most likely ones for None.
-
-        Returns:
-            action, parameters (N, P), the LSTM's state (2, N, H).
-        """
-        obs = self.obs_norm(obs)
-        if self.args.recurrent:
-            params, states = self(obs[None], state, starts[None])
-            params, state = params[0], states[0]
-        else:
-            params, _ = self(obs)
-        return self.sample(params, noise), params, state
 
     def distribution(self, out: Tensor) -> Tensor:
         """Parameters (..., P) from a network's outputs (..., P)."""
@@ -284,6 +251,55 @@ class ActorCritic(nn.Module):
         change = self.log_std - old_log_std  # (C,)
         fixed = (change + 0.5 * torch.exp(-2 * change) - 0.5).sum()
         return fixed + 0.5 * ((new - old) * torch.exp(-self.log_std)).square().sum(-1)
+
+
+class ActorCritic(Policy):
+    """Separate networks for policy and value."""
+
+    def __init__(self, spaces: Spaces, args: Args):
+        super().__init__(spaces, args)
+        self.actor = Network(spaces.obs, spaces.outputs, 0.01, args)
+        self.critic = Network(spaces.critic or spaces.obs, 1, 1.0, args)
+        self.log_std = nn.Parameter(torch.full((spaces.continuous,), math.log(args.init_std)))
+        self.obs_norm = RunningNorm(*spaces.obs) if args.normalize_obs else nn.Identity()
+        self.critic_norm = RunningNorm(*spaces.critic) if args.normalize_obs and spaces.critic else nn.Identity()
+        self.return_norm = RunningNorm(1)
+        if args.compile:
+            self.actor.compile()
+            self.critic.compile()
+
+    def forward(self, obs: Tensor, state: Tensor | None = None, starts: Tensor | None = None):
+        """Parameters of the distribution for normalised observations, and the LSTM's states."""
+        with self.autocast():
+            out, states = self.actor(obs, state, starts)
+        return self.distribution(out), states
+
+    def value(self, obs: Tensor, state: Tensor | None = None, starts: Tensor | None = None):
+        """Values (...,) of normalised critic observations, and the LSTM's states."""
+        with self.autocast():
+            out, states = self.critic(obs, state, starts)
+        return out.squeeze(-1), states
+
+    def outputs(self, batch: TensorDict, states: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Parameters (B, P) and values (B,) for the samples of a minibatch; (T, n, ...) for an LSTM, see `ppo_loss`."""
+        context, critic_context = ((state, batch["start"]) for state in states) if states else ((), ())
+        critic = batch["critic" if "critic" in batch else "obs"]
+        return self(batch["obs"], *context)[0], self.value(critic, *critic_context)[0]
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor | None, state: Tensor | None = None, starts: Tensor | None = None):
+        """Actions (N, C) for raw observations (N, d): drawn with `noise` (N, P), or the most likely ones for None.
+
+        Returns:
+            action, parameters (N, P), the LSTM's state (2, N, H).
+        """
+        obs = self.obs_norm(obs)
+        if self.args.recurrent:
+            params, states = self(obs[None], state, starts[None])
+            params, state = params[0], states[0]
+        else:
+            params, _ = self(obs)
+        return self.sample(params, noise), params, state
 
 
 class Network(nn.Module):
@@ -389,58 +405,328 @@ class Storage:
 
     Attributes:
         samples: (T + 1, N); the last row holds what is observed after the rollout, and becomes the first of the next one.
+        log_std: (C,) of the rollout's policy.
         returns: (N,) discounted returns of the running episodes.
-        states: the LSTMs' states (2, N, H) of actor and critic.
+        states, before: the LSTMs' states (2, N, H) of actor and critic, now and before the rollout.
+        units: samples, or environments for an LSTM, over all ranks: what minibatches are drawn from.
     """
 
     def __init__(self, args: Args, env: VecEnv):
         N, spaces = env.num_envs, env.spaces
         zeros = functools.partial(torch.zeros, args.num_steps + 1, N, device=args.device)
-        flags = {name: zeros(dtype=torch.bool) for name in ("start", "terminated", "truncated")}  # start: of an episode
-        own = {"critic": zeros(*spaces.critic)} if spaces.critic else {}
-        acted = {"action": zeros(spaces.continuous or len(spaces.choices)), "params": zeros(spaces.outputs), "reward": zeros()}
-        seen = {"obs": zeros(*spaces.obs), "final": zeros(*(spaces.critic or spaces.obs))}
-        self.samples = TensorDict(seen | own | acted | flags, [args.num_steps + 1, N], device=args.device)
+        fields = {name: zeros(dtype=torch.bool) for name in ("start", "terminated", "truncated")}  # start: of an episode
+        fields |= {"action": zeros(spaces.continuous or len(spaces.choices)), "params": zeros(spaces.outputs)}
+        fields |= {"obs": zeros(*spaces.obs), "reward": zeros(), "final": zeros(*(spaces.critic or spaces.obs))}
+        fields |= {"critic": zeros(*spaces.critic)} if spaces.critic else {}
+        self.samples = TensorDict(fields, [args.num_steps + 1, N], device=args.device)
         self.returns = torch.zeros(N, device=args.device)
         self.states = [torch.zeros(2, N, args.lstm_size, device=args.device) for _ in range(2)] if args.recurrent else []
+        self.units = args.num_envs * (1 if args.recurrent else args.num_steps)
 
     def begin(self, env: VecEnv, args: Args, iteration: int, carried: dict | None) -> None:
         """Starts the environments, or goes on where a checkpoint left them: a run and its continuation do so alike."""
         obs, critic = env.restart(args.seed, iteration * args.num_steps, args.stagger, carried)
         start, self.returns = torch.ones(env.num_envs, dtype=torch.bool, device=obs.device), torch.zeros_like(self.returns)
         if carried:
-            start = carried["start"].to(obs.device) | env.done
-            self.returns = carried["returns"].to(obs.device)
+            start, self.returns = carried["start"].to(obs.device) | env.done, carried["returns"].to(obs.device)
             self.states = [x.to(obs.device) for x in carried["states"].values()]
-        self.observe(args.num_steps, obs, critic, start)
+        self.put(args.num_steps, obs=obs, critic=critic, start=start)
 
-    def observe(self, t: int, obs: Tensor, critic: Tensor, start: Tensor) -> None:
-        self.samples["obs"][t], self.samples["start"][t] = obs, start
-        if "critic" in self.samples:
-            self.samples["critic"][t] = critic
+    def put(self, t: int, **fields: Tensor) -> None:
+        for name, x in fields.items():
+            if name in self.samples:
+                self.samples[name][t] = x
 
     def carry(self, env: VecEnv) -> dict:
         """What `begin` goes on from."""
         own = {"start": self.samples["start"][-1], "returns": self.returns, "states": dict(zip("ac", self.states))}
         return env.state() | to_cpu(own)
 
+    def pick(self, batch: TensorDict, rows: Tensor) -> tuple[TensorDict, list[Tensor]]:
+        """Some units of a batch, and the LSTMs' states (2, n, H) before them."""
+        return batch[:, rows] if self.before else batch[rows], [state[:, rows] for state in self.before]
+
+    def finish(self, policy: ActorCritic, args: Args, ranks: Ranks) -> None:
+        """Takes the observations into the statistics: after the update, which has to see what the rollout saw."""
+        if args.normalize_obs:
+            policy.obs_norm.update(self.samples["obs"][:-1], ranks)
+            if "critic" in self.samples:
+                policy.critic_norm.update(self.samples["critic"][:-1], ranks)
+
 
 @torch.no_grad()
-def rollout(env: VecEnv, policy: ActorCritic, store: Storage, args: Args, iteration: int, ranks: Ranks, timer) -> Tensor | None:
-    """T steps everywhere, across episodes, into `store`. Returns the actor's state after them."""
-    samples, state = store.samples, store.states[0] if args.recurrent else None
+def rollout(env: VecEnv, policy: ActorCritic, store: Storage, args: Args, iteration: int, ranks: Ranks, timer) -> None:
+    """T steps everywhere, across episodes, into `store`."""
     with timer("policy"):
+        samples = store.samples
         samples[0] = samples[-1]
+        store.log_std, store.before = policy.log_std.clone(), list(store.states)
         noise = policy.noise(args.num_steps, env.num_envs, ranks, args.seed, 1, iteration)
+        state = store.states[0] if args.recurrent else None
     for t in range(args.num_steps):
         with timer("policy"):
             action, params, state = policy.act(samples["obs"][t], noise[t], state, samples["start"][t])
         with timer("env"):
             obs, critic, reward, terminated, truncated, final = env.step(action)
         with timer("policy"):
-            for name, x in zip(("action", "params", "reward", "terminated", "truncated"), (action, params, reward, terminated, truncated)):
-                samples[name][t] = x
-            store.observe(t + 1, obs, critic, terminated | truncated)
+            store.put(t, action=action, params=params, reward=reward, terminated=terminated, truncated=truncated)
+            store.put(t + 1, obs=obs, critic=critic, start=terminated | truncated)
             if final is not None:
-                samples["final"][t] = final
-    return state
+                store.put(t, final=final)
+    if args.recurrent:
+        store.states[0] = state
+
+
+@torch.no_grad()
+def make_batch(env: VecEnv, policy: ActorCritic, store: Storage, args: Args, ranks: Ranks, log: Metrics) -> TensorDict:
+    """Values, log-probabilities and advantages of a rollout, all steps at once.
+
+    Returns:
+        (T * N,) normalised samples, or (T, N) for an LSTM: obs, critic, action, params, log_prob, advantage, target,
+        value; start for an LSTM.
+    """
+    samples, T = store.samples, args.num_steps
+    obs = critic = policy.obs_norm(samples["obs"])  # (T + 1, N, d)
+    critic_norm = policy.critic_norm if env.spaces.critic else policy.obs_norm
+    if env.spaces.critic:
+        critic = critic_norm(samples["critic"])
+    values, states = policy.value(critic, store.before[1] if args.recurrent else None, samples["start"])  # (T + 1, N)
+    rollout = samples[:T]
+    reward, terminated, truncated = (rollout[name] for name in ("reward", "terminated", "truncated"))
+    timed_out = t, n = (truncated & ~terminated).nonzero(as_tuple=True)  # waits for the device
+    final_values, last = torch.zeros_like(reward), critic_norm(rollout["final"][timed_out])  # (T, N), (E, dc)
+    if args.recurrent:
+        fresh = torch.zeros(1, len(t), dtype=torch.bool, device=last.device)
+        final_values[timed_out] = policy.value(last[None], states[t, :, n].transpose(0, 1), fresh)[0][0]
+        store.states[1] = states[T - 1]
+    else:
+        final_values[timed_out] = policy.value(last)[0]
+    scaled = scaled_rewards(policy, store, args, ranks) if args.normalize_returns else reward
+    value, flags = values[:T], (terminated, truncated)
+    advantage, target = gae(scaled, value, *flags, final_values, values[T], args.gamma, args.gae_lambda)
+    for name, x in zip(("return", "length", "episodes"), env.finished(reward, samples["start"][1:])):
+        log.sum(f"rollout/{name}", x)
+    log.mean("rollout/reward", reward)
+    log.mean("rollout/value", values)
+    log.mean("update/explained_variance", 1 - (target - value).var() / target.var().clamp(min=1e-12))
+    for name, x in task_metrics(env.base).items():
+        log.mean(name, x)
+    batch = rollout.select("action", "params", *(["start"] if args.recurrent else []))
+    batch.update({"log_prob": policy.log_prob(batch["params"], batch["action"]), "obs": obs[:T], "critic": critic[:T]})
+    batch.update({"advantage": advantage, "target": target, "value": value})
+    if critic is obs:
+        del batch["critic"]
+    return batch if args.recurrent else batch.flatten(0, 1)
+
+
+def scaled_rewards(policy: ActorCritic, store: Storage, args: Args, ranks: Ranks) -> Tensor:
+    """Rewards (T, N) divided by the running std of the discounted return, and clipped."""
+    rewards, history = store.samples["reward"][:-1], []
+    for reward, start in zip(rewards, store.samples["start"]):
+        store.returns = store.returns * args.gamma * ~start + reward
+        history.append(store.returns)
+    policy.return_norm.update(torch.stack(history)[..., None], ranks)
+    return (rewards * policy.return_norm.scale).clamp(-CLIP, CLIP)
+
+
+# ======== loss ========================================================================================================
+def ppo_loss(policy: ActorCritic, batch: TensorDict, states: list, old_log_std: Tensor, size: int, args: Args, log: Metrics):
+    """Clipped surrogate, clipped value loss and entropy bonus of a minibatch.
+
+    Args:
+        batch: (B,) samples, or (T, n) for an LSTM, with its states (2, n, H) of actor and critic before the rollout.
+        size: samples of the minibatch over all ranks; sums are divided by it.
+
+    Returns:
+        loss, KL(old | new), and the ratio.
+    """
+    params, value = policy.outputs(batch, states)
+    ratio = torch.exp(policy.log_prob(params, batch["action"]) - batch["log_prob"])
+    clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+    surrogate = torch.minimum(batch["advantage"] * ratio, batch["advantage"] * clipped)
+    error = (value - batch["target"]).square()
+    if args.clip_value:
+        near = batch["value"] + (value - batch["value"]).clamp(-args.clip, args.clip)
+        error = torch.maximum(error, (near - batch["target"]).square())
+    policy_loss, value_loss, entropy = -surrogate.sum() / size, 0.5 * error.sum() / size, policy.entropy(params)
+    with torch.no_grad():
+        kl = policy.kl(batch["params"], old_log_std, params)
+    log.mean("update/policy_loss", -surrogate)
+    log.mean("update/value_loss", 0.5 * error)
+    log.mean("update/entropy", entropy)
+    log.mean("update/clip_frac", ratio != clipped)
+    log.mean("update/kl", kl)
+    loss = policy_loss - args.entropy_coef * (entropy.sum() / size) + args.value_coef * value_loss
+    return loss, kl.sum() / size, ratio.detach()
+
+
+# ======== train =======================================================================================================
+def plan_minibatches(units: int, iteration: int, args: Args, ranks: Ranks) -> list[tuple[Tensor, int]]:
+    """For every epoch, a new permutation of all samples (of the environments for an LSTM), cut into minibatches.
+
+    Every rank draws the same permutation and keeps its own.
+
+    Returns:
+        Per minibatch: indices (n,) of this rank's units, and the number of samples over all ranks.
+    """
+    generator = seeded_generator(args.device, args.seed, 2, iteration)
+    total, own, plan = args.num_envs, args.num_envs // ranks.world, []
+    for _ in range(args.epochs):
+        order = torch.randperm(units, generator=generator, device=args.device)
+        for rows in order.tensor_split(args.minibatches):
+            size = len(rows) * args.num_envs * args.num_steps // units
+            if ranks.world > 1:  # sample t * total + n belongs to the rank of environment n
+                rows = rows[rows % total // own == ranks.rank]
+                rows = rows // total * own + rows % own
+            plan.append((rows, size))
+    return plan
+
+
+def update(
+    policy: ActorCritic, optimizer, batch: TensorDict, store: Storage, plan: list, args: Args, ranks: Ranks, log: Metrics
+) -> None:  # fmt: skip
+    """Epochs over a rollout, one optimizer step per minibatch of the plan."""
+    rate, (flat,) = optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["params"]
+    edges = torch.tensor([args.target_kl / 2, args.target_kl * 2], device=args.device)
+    factors = torch.tensor([1.5, 1.0, 1 / 1.5], device=args.device)
+    for i, (rows, size) in enumerate(plan):
+        part, states = store.pick(batch, rows)
+        normalize_advantages(part["advantage"], size, ranks)
+        loss, kl, ratio = ppo_loss(policy, part, states, store.log_std, size, args, log)
+        flat.grad.zero_()
+        loss.backward()
+        ranks.reduce(flat.grad)
+        log.max("update/grad_norm", torch.nn.utils.clip_grad_norm_(flat, args.max_grad_norm))
+        if i == 0:  # nothing is learned yet: rollout and update must agree
+            log.max("update/first_ratio_error", (ratio - 1).abs().max() if ratio.numel() else loss)
+        elif args.schedule == "adaptive":
+            rate.mul_(factors.take(torch.bucketize(ranks.reduce(kl), edges))).clamp_(1e-5, 1e-2)
+        optimizer.step()
+    log.max("update/learning_rate", rate)
+    log.max("update/action_std", policy.log_std.exp().sum() / max(len(policy.log_std), 1))
+
+
+def read(log: Metrics, args: Args) -> dict[str, float]:
+    """An iteration's figures."""
+    metrics = log.read()  # the one transfer to the host
+    total, length = metrics.pop("rollout/return"), metrics.pop("rollout/length")
+    if episodes := metrics["rollout/episodes"]:
+        metrics |= {"rollout/return": total / episodes, "rollout/length": length / episodes}
+    weighed = args.value_coef * metrics["update/value_loss"] - args.entropy_coef * metrics["update/entropy"]
+    return metrics | {"update/loss": metrics["update/policy_loss"] + weighed}
+
+
+def train(args: Args, env: VecEnv, policy: ActorCritic, run: Run, ranks: Ranks) -> None:
+    """The whole run: iterate, evaluate, summarise."""
+    rate = torch.tensor(args.learning_rate, device=args.device)  # on the device, where the adaptive schedule changes it
+    optimizer = run.restore_optimizer(torch.optim.Adam([flat_parameter(policy)], rate, eps=1e-5, fused=True))
+    rate = optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(args.device)
+    store, timer, result, latest = Storage(args, env), StageTimer(args.device), {}, None
+    begin, carried = run.state["iteration"], run.state.pop("carried", {ranks.rank: None})[ranks.rank]
+    for iteration in range(begin, args.iterations):
+        if carried or iteration == 0:
+            store.begin(env, args, iteration, carried)
+            carried = None
+        if args.schedule != "adaptive":
+            rate.fill_(args.learning_rate * (1 - iteration / args.iterations if args.schedule == "linear" else 1))
+        log = Metrics(args.device, ranks)
+        rollout(env, policy, store, args, iteration, ranks, timer)
+        with timer("update"):
+            batch = make_batch(env, policy, store, args, ranks, log)
+            update(policy, optimizer, batch, store, plan_minibatches(store.units, iteration, args, ranks), args, ranks, log)
+            store.finish(policy, args, ranks)
+            metrics = read(log, args)
+        if iteration == 0 and metrics["update/first_ratio_error"] > (0.05 if args.mixed_precision else 1e-3):
+            raise SystemExit(f"the first ratio is off 1 by {metrics['update/first_ratio_error']:.1e}: a bug in this script")
+        last = iteration + 1 == args.iterations
+        save, test = (last or (every > 0 and (iteration + 1) % every == 0) for every in (args.save_every, args.eval_every))
+        if save or test:
+            carried = store.carry(env)
+        if test and args.eval_episodes:
+            result = evaluate(args, env, policy, ranks)
+            metrics |= {"eval/return": result["mean"], "eval/length": result["length"]}
+        run.log(iteration, metrics, timer.seconds(), args.num_envs * args.num_steps)
+        latest = metrics.get("eval/return", metrics.get("rollout/return", latest))
+        by_test = args.eval_every and args.eval_episodes  # else by the latest rollout
+        score = metrics.get("eval/return" if by_test else "rollout/return", -math.inf)
+        if (test if by_test else save) and run.improved(score):
+            run.save("best", policy.save)
+        if save:
+            run.save(f"step_{iteration + 1:06d}", policy.save, optimizer, carried=ranks.gather(carried))
+    if result:
+        run.event(f"deterministic policy: {RESULT.format(**result)}")
+    if args.capture_video:
+        evaluate(args, env, policy, ranks, run)
+    run.result(**{"return": latest, "eval": result, "assets": os.environ.get("ISAACSIM_ASSET_ROOT", "NVIDIA's")})
+
+
+# ======== evaluate ====================================================================================================
+RESULT = "return {mean:.2f} +- {std:.2f} over {episodes} episodes of {length:.0f} steps"
+
+
+@torch.no_grad()
+def evaluate(args: Args, env: VecEnv, policy: ActorCritic, ranks: Ranks, film: Run | None = None) -> dict[str, float]:
+    """Return of the deterministic policy in the first episode of each environment, from fixed starts.
+
+    Args:
+        film: gets a GIF of what up to 16 environments look like after every second step.
+
+    Returns:
+        mean, std (over episodes), length, episodes.
+    """
+    obs, _ = env.restart(args.eval_seed, stagger=False)
+    count = max(1, min(args.eval_episodes, args.num_envs) // ranks.world)
+    alive = torch.arange(env.num_envs, device=obs.device) < count  # (N,)
+    starts, sums = torch.ones_like(alive), torch.zeros(2, env.num_envs, device=obs.device)  # (2, N) return, length
+    state, frames = torch.zeros(2, env.num_envs, args.lstm_size, device=obs.device) if args.recurrent else None, []
+    for t in range(env.horizon):
+        action, _, state = policy.act(obs, None, state, starts)
+        obs, _, reward, terminated, truncated, _ = env.step(action)
+        sums += alive * torch.stack([reward, torch.ones_like(reward)])
+        starts = terminated | truncated
+        alive &= ~starts
+        if film and t % 2 == 0 and len(frames) < 200:
+            frames.append(env.base.scene["video_camera"].data.output["rgb"].torch[:16, ..., :3].clone())
+        if t % 50 == 49 and not alive.any():  # no message between ranks is left out by this
+            break
+    if film:
+        film.gif("policy", torch.stack(frames), every=2, fps=0.5 / env.base.step_dt)
+    total = ranks.reduce(torch.stack([sums[0].sum(), sums[0].square().sum(), sums[1].sum()]))
+    mean, square, length = (total / (count * ranks.world)).tolist()
+    return {"mean": mean, "std": max(square - mean**2, 0) ** 0.5, "length": length, "episodes": count * ranks.world}
+
+
+# ======== main ========================================================================================================
+def main(args: Args) -> None:
+    args.device, asked, args.task = pick_device(args.device), args.task, known_task(args.task)
+    if args.device == "cpu" and max(args.hidden) <= 64 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # several wait for each other: slower beside other work, no faster alone
+    ranks, groups = Ranks.start(args.device), {"--obs-groups": args.obs_groups}
+    cfg = task_config(args.task, args.device, args.num_envs // ranks.world, args.physics, args.overrides, groups)
+    with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device) as run:
+        run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs, {args.num_steps} steps a rollout")
+        if asked != args.task:
+            run.event(f"{asked} is called {args.task} in this Isaac Lab")
+        if isinstance(getattr(cfg, "rewards", None), dict):
+            run.event(f"{args.task} has no rewards: success earns 1, anything else that ends an episode is a failure")
+        run.event(f"starting the simulator (its own output: {run.dir}/simulator.log)")
+        with make_env(args, cfg, ranks, run.dir / f"simulator{ranks.rank or ''}.log") as env:
+            torch.manual_seed(args.seed)  # of the weights
+            policy = ActorCritic(env.spaces, args).to(args.device)
+            if args.checkpoint and not args.resume:
+                try:
+                    policy.load(args.checkpoint)
+                except Exception as error:  # safetensors and torch have many kinds
+                    why = " ".join(str(error).split())
+                    raise SystemExit(f"--checkpoint {args.checkpoint}: does not fit ({why})") from error
+            run.restore(policy.load)
+            if args.evaluate:
+                result = evaluate(args, env, policy, ranks, run if args.capture_video else None)
+                run.event(f"deterministic policy of {args.checkpoint}: {RESULT.format(**result)}")
+                run.result(eval=result)
+            else:
+                train(args, env, policy, run, ranks)
+
+
+if __name__ == "__main__":
+    main(ARGS)

@@ -32,29 +32,49 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
+from common import check_positive
+from gr00t_n1d5.files import is_full_size
+
 HERE = Path(__file__).resolve().parent
 
 
 # ======== Args ========================================================================================================
 @dataclass
 class Args:
-    """Flags; the defaults serve the shipped tiny checkpoint to this machine alone."""
-
     checkpoint: str = str(HERE / "checkpoints" / "tiny")  # GR00T N1.5: a local folder or a hub id
-    embodiment_tag: str | None = None  # which entry of the checkpoint's metadata.json; may be left out where there is one
+    embodiment_tag: str | None = None  # entry of the checkpoint's metadata.json; may be left out where there is one
     cameras: tuple[str, ...] = ()  # camera keys in the order of training; left out: those of metadata.json
     prompt: Literal["plain", "bracketed", "nvidia"] = "plain"  # the instruction's form; nvidia: brackets unless batched
     denoise_steps: int | None = None  # K, denoising steps per request (the checkpoint's own by default)
-    seed: int = 1  # seed of the noise that actions start from; one generator for all requests
+    seed: int = 1  # of the noise that actions start from; one generator for all requests
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
-    backbone_bf16: bool | None = None  # run the backbone under bfloat16 autocast (by default where the network is full-size)
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: the backbone, under autocast
     micro_batch_size: int = 64  # observations per forward pass; larger batches take several
     host: str = "127.0.0.1"  # address to listen at; 0.0.0.0: every interface
     port: int = 5555  # TCP port; 0: a free one, printed at the start
     api_token: str | None = None  # what requests must carry as api_token
 
 
-ARGS = tyro.cli(Args) if __name__ == "__main__" else None
+FULL = Args(precision="bf16")  # a full-size checkpoint's
+
+
+def parse() -> Args:
+    """The command line, over the settings of a checkpoint's size."""
+    args = tyro.cli(Args)
+    return check(tyro.cli(Args, default=FULL if is_full_size(args.checkpoint) else Args()))
+
+
+def check(args: Args) -> Args:
+    """Refuses what cannot work, before anything is loaded."""
+    check_positive(denoise_steps=args.denoise_steps, micro_batch_size=args.micro_batch_size)
+    if not 0 <= args.port <= 65535:
+        raise SystemExit(f"--port {args.port}: must be between 0 and 65535")
+    if args.api_token == "":
+        raise SystemExit("--api-token: it is empty; give a token or leave the flag out")
+    return args
+
+
+ARGS = parse() if __name__ == "__main__" else None  # heavy imports come after, so --help and refusals are instant
 
 import msgpack
 import numpy as np
@@ -62,28 +82,13 @@ import torch
 import zmq
 from torch import Tensor
 
-from common import Noise, Ranks, UsageError, check_numbers, pick_device
-from gr00t_n1d5 import Gr00tN1d5, Gr00tProcessor, is_full_size
+from common import Noise, Ranks, pick_device
+from gr00t_n1d5.network import Gr00tN1d5
+from gr00t_n1d5.policy import refuse_checkpoint
+from gr00t_n1d5.processor import Gr00tProcessor
 
 LANGUAGE = "annotation.human.action.task_description"  # named to clients; any one "annotation." key is taken
 MAX_MESSAGE_BYTES = 1 << 30  # a larger message ends its sender's connection before it fills the memory
-
-
-def resolve(args: Args) -> Args:
-    """Refuses what cannot work, before the network is loaded.
-
-    Raises:
-        UsageError: names the flag and the remedy.
-    """
-    args.device = pick_device(args.device)
-    check_numbers(args, "denoise_steps micro_batch_size", "seed port")
-    if args.port > 65535:
-        raise UsageError(f"--port {args.port}: must be 65535 or less")
-    if args.api_token == "":
-        raise UsageError("--api-token: it is empty; give a token or leave the flag out")
-    if args.backbone_bf16 is None:
-        args.backbone_bf16 = is_full_size(args.checkpoint)
-    return args
 
 
 # ======== GR00T wrapper ===============================================================================================
@@ -101,31 +106,24 @@ class Request(NamedTuple):
 
 
 class ServedPolicy:
-    """GR00T N1.5 behind the keys of NVIDIA's Gr00tPolicy; acts by the ODE.
-
-    Raises:
-        UsageError: the checkpoint cannot be loaded, or does not say what a request holds.
-    """
+    """GR00T N1.5 behind the keys of NVIDIA's Gr00tPolicy; acts by the ODE."""
 
     def __init__(self, args: Args):
-        self.args = args
-        try:
-            self.net = Gr00tN1d5.from_pretrained(args.checkpoint)
-            self.processor = Gr00tProcessor.from_pretrained(args.checkpoint, self.net.config, args.embodiment_tag)
-            self.net.slice_embodiment(self.processor.embodiment_id)
-        except (OSError, ValueError) as error:
-            line = "; ".join(str(error).splitlines())
-            raise UsageError(f"--checkpoint {args.checkpoint}: {line}") from error
+        self.args, self.bf16 = args, args.precision == "bf16"
+        with refuse_checkpoint(args.checkpoint):
+            net = Gr00tN1d5.from_pretrained(args.checkpoint)
+            self.processor = Gr00tProcessor.from_pretrained(args.checkpoint, net.config, args.embodiment_tag)
+            self.net = net.slice_embodiment(self.processor.embodiment_id)
         entry = self.processor.metadata[self.processor.tag]
         cameras = args.cameras or entry.get("modalities", {}).get("video", {})
         if not cameras:
-            raise UsageError(f"--checkpoint {args.checkpoint}: its metadata.json names no camera; name them with --cameras")
+            raise SystemExit(f"--checkpoint {args.checkpoint}: its metadata.json names no camera; name them with --cameras")
         self.video = [f"video.{key}" for key in cameras]
         self.state, self.action = (
             {f"{kind}.{key}": np.size(values["max"]) for key, values in entry["statistics"][kind].items()}
             for kind in ("state", "action")
         )
-        self.net.backbone.to(args.device, None if args.backbone_bf16 else torch.float32)
+        self.net.backbone.to(args.device, None if self.bf16 else torch.float32)
         self.net.action_head.to(args.device, torch.float32)  # as in training
         self.processor.to(args.device)
         self.noise = Noise(args.device, Ranks(0, 1), args.seed)
@@ -199,9 +197,9 @@ class ServedPolicy:
                 ids = torch.stack([request.prompts[row] for row in rows]).to(device)
                 state = self.processor.normalize_state(request.state[rows].to(device))
                 embodiment = torch.zeros(len(rows), dtype=torch.long, device=device)  # one row is left
-                with torch.autocast(torch.device(device).type, torch.bfloat16, self.args.backbone_bf16):
+                with torch.autocast(torch.device(device).type, torch.bfloat16, self.bf16):
                     features = self.net.backbone(ids, pixels)
-                features = features.bfloat16() if self.args.backbone_bf16 else features
+                features = features.bfloat16() if self.bf16 else features
                 context = self.net.action_head.encode(features, state, embodiment)
                 actions[rows] = self.net.action_head.sample(context, embodiment, noise[rows], self.args.denoise_steps)
         return self.processor.unnormalize_action(actions)
@@ -277,14 +275,7 @@ def answer(parts: list[bytes], policy: ServedPolicy, api_token: str | None) -> t
 
 
 def bind(args: Args, socket: zmq.Socket) -> str:
-    """Starts to listen; requests wait until the network is loaded.
-
-    Returns:
-        the address.
-
-    Raises:
-        UsageError: the address is taken, or not this machine's.
-    """
+    """Starts to listen, and returns the address; requests wait until the network is loaded."""
     host = "127.0.0.1" if args.host == "localhost" else args.host  # ZeroMQ binds to no names
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.LINGER, 1000)  # ms for the last reply to leave
@@ -292,8 +283,8 @@ def bind(args: Args, socket: zmq.Socket) -> str:
         socket.bind(f"tcp://{host}:{args.port}")
     except zmq.ZMQError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise UsageError(f"--port {args.port}: {error.strerror}; choose another, or 0 for a free one") from error
-        raise UsageError(f"--host {args.host}: {error.strerror}; give an address of this machine, or 0.0.0.0") from error
+            raise SystemExit(f"--port {args.port}: {error.strerror}; choose another, or 0 for a free one") from error
+        raise SystemExit(f"--host {args.host}: {error.strerror}; give an address of this machine, or 0.0.0.0") from error
     if not host.startswith("127.") and args.api_token is None:
         warning = f"warning: --host {args.host} without --api-token: whoever reaches the port may use and stop this server"
         print(warning, file=sys.stderr, flush=True)
@@ -302,7 +293,7 @@ def bind(args: Args, socket: zmq.Socket) -> str:
 
 # ======== main ========================================================================================================
 def main(args: Args) -> None:
-    args = resolve(args)
+    args.device = pick_device(args.device)
     with contextlib.suppress(KeyboardInterrupt), zmq.Context() as context, context.socket(zmq.REP) as socket:
         address = bind(args, socket)
         policy = ServedPolicy(args)
@@ -314,7 +305,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    main(ARGS)

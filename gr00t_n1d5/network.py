@@ -756,21 +756,25 @@ class Gr00tN1d5(nn.Module):
         owner, _, leaf = name.rpartition(".")
         setattr(self.get_submodule(owner), leaf, nn.Parameter(tensor))
 
-    def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
+    def save_pretrained(
+        self, folder: str | Path, max_shard_bytes: int = 5_000_000_000, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Writes config.json and safetensors in NVIDIA's layout and key names, in shards above the limit.
 
+        `weights` are written in place of the parameters, where other processes hold a share of these.
         The files are written beside the folder and then moved: a crash while writing leaves an old checkpoint whole.
         """
         folder = Path(folder).absolute()
         shards: list[dict[str, Tensor]] = [{}]
         size = total = 0
         for name, parameter in self.named_parameters():
-            tensor = self._tables.get(name, parameter.detach())
+            parameter = weights[name] if weights else parameter.detach()
+            tensor = self._tables.get(name, parameter)
             if size + tensor.nbytes > max_shard_bytes and shards[-1]:
                 shards.append({})
                 size = 0
             size, total = size + tensor.nbytes, total + tensor.nbytes
-            shards[-1][name] = parameter.detach()
+            shards[-1][name] = parameter
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]

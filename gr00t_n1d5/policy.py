@@ -1,6 +1,8 @@
 """What the scripts build their actors on: a checkpoint, its prompts and a device, and what training takes of memory."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -9,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from gr00t_n1d5.network import ActionContext, ActionHead, Gr00tConfig, Gr00tN1d5, recompute
-from gr00t_n1d5.processor import Gr00tProcessor, pad_prompts
+from gr00t_n1d5.processor import Augmentation, Gr00tProcessor, pad_prompts
 
 PRECISIONS = {
     "fp32": "everything in fp32",
@@ -18,12 +20,23 @@ PRECISIONS = {
 }
 
 
+@contextlib.contextmanager
+def refuse_checkpoint(checkpoint: str | None) -> Iterator[None]:
+    """Around what reads a checkpoint: SystemExit, in one line, where that fails."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--checkpoint {checkpoint}: {'; '.join(str(error).splitlines())}") from error
+
+
 class Gr00tPolicy(nn.Module):
     """GR00T N1.5 from a checkpoint, sliced to one embodiment, between raw numbers and the network's.
 
     Observations are TensorDicts of B samples: images (B, V, H, W, 3) uint8 or features (B, L, D), state (B, d) in the
     simulator's units, prompt (B,) int64, the index of the instruction. Velocities, means and log-probabilities are fp32.
     """
+
+    trains_backbone = False  # gradients reach the backbone: features are of no use after an optimizer step
 
     def __init__(
         self,
@@ -36,6 +49,7 @@ class Gr00tPolicy(nn.Module):
         precision: str = "fp32",
         bracketed: bool = False,
         pad_prompt: int | None = None,
+        parts: tuple[Gr00tN1d5, Gr00tProcessor] | None = None,
     ):
         """
         Args:
@@ -46,16 +60,15 @@ class Gr00tPolicy(nn.Module):
             sizes: columns of "state" and "action" that the task has.
             precision: of PRECISIONS.
             bracketed, pad_prompt: form of the prompts, see `Gr00tProcessor.prompt`.
+            parts: a network and a processor in place of the checkpoint's.
 
         Raises SystemExit, in one line, where the checkpoint cannot be read or does not fit the task.
         """
         super().__init__()
-        try:
-            self.net = Gr00tN1d5.from_pretrained(checkpoint)
-            self.processor = Gr00tProcessor.from_pretrained(checkpoint, self.net.config, embodiment_tag)
-            self.net.slice_embodiment(self.processor.embodiment_id)
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"--checkpoint {checkpoint}: {'; '.join(str(error).splitlines())}") from error
+        with refuse_checkpoint(checkpoint):
+            net = parts[0] if parts else Gr00tN1d5.from_pretrained(checkpoint)
+            self.processor = parts[1] if parts else Gr00tProcessor.from_pretrained(checkpoint, net.config, embodiment_tag)
+            self.net = net.slice_embodiment(self.processor.embodiment_id)
         try:
             prompts, lengths = pad_prompts([self.processor.prompt(text, views, bracketed) for text in texts], pad_prompt)
         except ValueError as error:
@@ -118,13 +131,14 @@ class Gr00tPolicy(nn.Module):
         """(n,) rows of the embodiment's own layers: one is left."""
         return torch.zeros(n, dtype=torch.long, device=self.device)
 
-    def features(self, obs: TensorDict) -> Tensor:
+    def features(self, obs: TensorDict, augmentation: Augmentation | None = None) -> Tensor:
         """Backbone features (B, L, D): those that were kept, or computed from the images."""
         if "features" in obs.keys():
             return obs["features"]
         with torch.autocast(self.device.type, torch.bfloat16, self.bf16):
             lengths = self.lengths[obs["prompt"]] if self.padded else None
-            features = self.net.backbone(self.prompts[obs["prompt"]], self.processor.images(obs["images"]), lengths)
+            pixels = self.processor.images(obs["images"], augmentation)
+            features = self.net.backbone(self.prompts[obs["prompt"]], pixels, lengths)
         return features.bfloat16() if self.bf16 else features
 
     def encode(self, obs: TensorDict, head: ActionHead | None = None) -> ActionContext:
@@ -141,9 +155,9 @@ class Gr00tPolicy(nn.Module):
         """The network's actions (B, H, A) in the simulator's units (B, H, d)."""
         return self.processor.unnormalize_action(x)
 
-    def save(self, folder: Path) -> None:
-        """Writes a checkpoint in NVIDIA's layout: weights, config.json, metadata.json, tokenizer."""
-        self.net.save_pretrained(folder)
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Writes a checkpoint in NVIDIA's layout: weights (given ones, or its own), config.json, metadata.json, tokenizer."""
+        self.net.save_pretrained(folder, weights=weights)
         self.processor.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
@@ -209,7 +223,7 @@ def plan_memory(
         cache, micro-batch size, and a line for the log.
     """
     config, length, device = policy.net.config, policy.prompts.shape[1], policy.device
-    through = any(p.requires_grad for p in policy.net.backbone.parameters())  # gradients reach the backbone
+    through = policy.trains_backbone
     element = 2 if policy.bf16 else next(policy.net.backbone.parameters()).element_size()
     chain = 8 * config.action_horizon * config.action_dim
     images, features = 3 * policy.views * config.image_size**2, length * config.text_hidden_size * element

@@ -195,7 +195,7 @@ class VecEnv:
 
     def __init__(
         self, task: str, cfg: Any, ranks: Ranks, seed: int, clip_actions: float | None = None,
-        obs_groups: tuple[str, ...] = ("policy",), critic_groups: tuple[str, ...] = (), hide_obs: tuple[int, ...] = (),
+        obs_groups: tuple[str, ...] = ("policy",), hide_obs: tuple[int, ...] = (),
     ):  # fmt: skip
         """
         Args:
@@ -203,13 +203,12 @@ class VecEnv:
             ranks: this process and its siblings.
             seed: of the first start.
             clip_actions: symmetric bound on actions, beside the action space's own.
-            obs_groups: observation groups that the policy sees, joined.
-            critic_groups: those that the critic sees; none: `critic`, or what the policy sees.
+            obs_groups: observation groups that the policy sees, joined; the critic sees `critic`, or the same without one.
             hide_obs: columns of the policy's observation to leave out.
         """
         self.env = gym.make(task, cfg=cfg)
         self.base, self.ranks = self.env.unwrapped, ranks
-        self.obs_groups, self.critic_groups, self.hide_obs = obs_groups, critic_groups, hide_obs
+        self.obs_groups, self.hide_obs = obs_groups, hide_obs
         self.num_envs, self.device, self.horizon = self.base.num_envs, self.base.device, int(self.base.max_episode_length)
         self.finite, self.final = cfg.is_finite_horizon, None
         self.running = torch.zeros(2, self.num_envs, device=self.device)
@@ -222,12 +221,12 @@ class VecEnv:
             self.bounds = (low, high) if torch.isfinite(torch.cat([low, high])).any() else None
         self.idle = torch.zeros(self.num_envs, len(choices) or math.prod(space.shape), device=self.device)
         self.idle = self.idle.long() if choices else self.idle
-        self.prepare(cfg)
+        self.prepare(task, cfg)
         obs, critic = self.restart(seed, stagger=False)
         separate = tuple(critic.shape[1:]) if critic is not obs else ()
         self.spaces = Spaces(tuple(obs.shape[1:]), separate, 0 if choices else math.prod(space.shape), tuple(choices))
 
-    def prepare(self, cfg: Any) -> None:
+    def prepare(self, task: str, cfg: Any) -> None:
         """For a variant with attributes of its own; the simulator runs, nothing was reset yet."""
 
     def read(self, groups: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -238,8 +237,7 @@ class VecEnv:
             if not kept or not 0 <= min(self.hide_obs) <= max(self.hide_obs) < obs.shape[1]:
                 raise SystemExit(f"--hide-obs {' '.join(map(str, self.hide_obs))}: columns are 0 to {obs.shape[1] - 1}")
             obs = obs[:, kept]
-        own = self.critic_groups or (("critic",) if "critic" in groups else ())
-        return obs, flatten([groups[name] for name in own]) if own else obs
+        return obs, flatten(groups["critic"]) if "critic" in groups else obs
 
     def restart(self, seed: int, steps: int = 0, stagger: bool = True, saved: dict | None = None) -> tuple[Tensor, Tensor]:
         """Starts one episode everywhere, or goes on from a saved state; the rest depends on arguments and actions alone.
@@ -387,11 +385,10 @@ def flatten(group: Any) -> Tensor:
     return group.reshape(len(group), -1).float()
 
 
-def task_metrics(env: Any) -> dict[str, float]:
-    """What the task itself logs at resets (reward terms, success, ...), as of the latest one."""
+def task_metrics(env: Any) -> dict[str, Tensor]:
+    """What the task itself logs at resets (reward terms, success, ...), as of the latest one; on the device."""
     log = {f"task/{name}": torch.as_tensor(x, device=env.device) for name, x in env.extras.get("log", {}).items()}
-    log = {name: x.detach().float().reshape(()) for name, x in log.items() if x.numel() == 1}
-    return dict(zip(log, torch.stack([*log.values()]).tolist())) if log else {}
+    return {name: x for name, x in log.items() if x.numel() == 1}
 
 
 def add_camera(cfg) -> None:

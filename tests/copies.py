@@ -1,9 +1,15 @@
-"""Copied blocks equal their sources and documents name the right lines: `python tests/copies.py [--fix] [root]`.
+"""Copies by rule: what a script takes over from the one it descends from has the same text.
 
-    # Copied from grpo_gr00t.py:Task            above a function, class or assignment of a script
-    `grpo_gr00t.py:123` (`rollout`)             in README.md or docs/*.md: the line where it is defined
+    PARENT = "grpo_gr00t.py"                    # a script says so at its top level
+    DIFFERS = {"Args", "ChunkEnv.reset"}        # and what is different in it
 
-Names may be dotted (`Gr00tActor.act`, `Args.clip`). `--fix` takes the source's text, or the right line number, over.
+Every top-level function or class that the parent has, too, is the parent's text, unless its name stands in DIFFERS. With a
+dotted name only that member of a class may differ, be new or be missing; all others are the parent's, while the class's
+first line and docstring are free. A name in DIFFERS that does not differ is reported as well: the list stays true.
+
+    python tests/copies.py [--fix] [script.py ...]     # the scripts in CHILDREN, or others
+
+`--fix` takes the parent's text over; members that are new or missing are left to you.
 """
 
 from __future__ import annotations
@@ -11,16 +17,17 @@ from __future__ import annotations
 import ast
 import re
 import sys
-import textwrap
 from pathlib import Path
 
-COPY = re.compile(r"^( *)# Copied from (\S+\.py):(\S+)$")
-REFERENCE = re.compile(r"`([\w./-]+\.py):(\d+)` \(`([\w.]+)`\)")
+ROOT = Path(__file__).resolve().parents[1]
+CHILDREN = ("ppo_gr00t_frozen.py", "ppo_gr00t_lora.py", "sft_gr00t.py", "ppo_isaac_rgb.py")  # parents first
+REFERENCE = re.compile(r"`([\w./-]+\.py)(:\d+)?` \(`([\w.]+)`\)")  # `file.py` (`name`), in documents
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def names_of(node: ast.AST) -> list[str]:
     """Names that a statement defines."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    if isinstance(node, Definition):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return [target.id for target in targets if isinstance(target, ast.Name)]
@@ -40,69 +47,75 @@ def span(node: ast.stmt) -> slice:
     return slice(first - 1, node.end_lineno)
 
 
-def check_copies(root: Path, fix: bool = False) -> list[str]:
-    """What is wrong with the copied blocks, one line each; those that `fix` can repair it repairs and leaves out."""
+def definitions(text: str) -> dict[str, slice]:
+    """Lines of the top-level functions and classes, and of the members of classes under dotted names."""
+    found = {}
+    for node in (node for node in ast.parse(text).body if isinstance(node, Definition)):
+        found[node.name] = span(node)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{name}": span(member) for member in node.body for name in names_of(member)}
+    return found
+
+
+def declared(text: str, name: str):
+    """The value of a top-level literal; None where there is none."""
+    node = find(ast.parse(text), name)
+    return ast.literal_eval(node.value) if node else None
+
+
+def check_copies(script: Path, fix: bool = False) -> list[str]:
+    """What is wrong with a script's copies, one line each; those that `fix` can repair it repairs and leaves out."""
+    text = script.read_text()
+    parent, differs = declared(text, "PARENT"), set(declared(text, "DIFFERS") or ())
+    if not parent or not (script.parent / parent).is_file():
+        return [f"{script.name}: PARENT is {parent!r}, the name of no script beside it"]
+    lines, original = text.split("\n"), (script.parent / parent).read_text()
+    own, theirs, source = definitions(text), definitions(original), original.split("\n")
+    open_classes = {name.partition(".")[0] for name in differs if "." in name}
+
+    def free(name: str) -> bool:
+        return name in differs or name in open_classes or name.partition(".")[0] in differs - open_classes
+
+    def same(name: str) -> bool:
+        return name in own and name in theirs and lines[own[name]] == source[theirs[name]]
+
     problems = []
-    for file in sorted([*root.glob("*.py"), *root.glob("benchmarks/*.py")]):
-        lines = file.read_text().split("\n")
-        for i in reversed([i for i, line in enumerate(lines) if COPY.match(line)]):  # from below: lines above stay put
-            indent, source, name = COPY.match(lines[i]).groups()
-            where = f"{file.relative_to(root)}:{i + 1} ({source}:{name})"
-            if not (root / source).is_file():
-                problems.append(f"{where}: no file {source}")
-                continue
-            text = (root / source).read_text()
-            original = find(ast.parse(text), name)
-            below = [n for n in ast.walk(ast.parse("\n".join(lines))) if isinstance(n, ast.stmt) and span(n).start == i + 1]
-            if original is None or not below:
-                problems.append(f"{where}: no {name} in {source}" if original is None else f"{where}: nothing below it")
-                continue
-            here = span(max(below, key=lambda n: n.end_lineno))
-            wanted = textwrap.indent(textwrap.dedent("\n".join(text.split("\n")[span(original)])), indent).split("\n")
-            if lines[here] == wanted:
-                continue
-            if fix:
-                lines[here] = wanted
-                file.write_text("\n".join(lines))
-            else:
-                problems.append(f"{where}: differs from its source")
+    for name in sorted(differs):
+        if name not in own and name not in theirs:
+            problems.append(f"{script.name}: {name} of DIFFERS does not exist")
+        elif "." not in name and (name not in own or name not in theirs):
+            problems.append(f"{script.name}: {name} of DIFFERS is no copy: only one of the two scripts has it")
+        elif same(name):
+            problems.append(f"{script.name}: {name} of DIFFERS does not differ")
+    both = [name for name in own if name in theirs and "." not in name]
+    members = [name for name in [*own, *theirs] if "." in name and name.partition(".")[0] in open_classes & set(both)]
+    drifted = [name for name in dict.fromkeys([*both, *members]) if not free(name) and not same(name)]
+    for name in sorted(drifted, key=lambda name: own[name].start if name in own else 0, reverse=True):  # lines above stay put
+        if fix and name in own and name in theirs:
+            lines[own[name]] = source[theirs[name]]
+        else:
+            problems.append(f"{script.name}: {name} differs from {parent}'s, and does not stand in DIFFERS")
+    if fix:
+        script.write_text("\n".join(lines))
     return problems
 
 
-def check_references(root: Path, fix: bool = False) -> list[str]:
-    """What is wrong with the line numbers in documents, one line each."""
+def check_references(root: Path) -> list[str]:
+    """What is wrong with `file.py` (`name`) in README.md and docs/, one line each."""
     problems = []
     for file in sorted([*root.glob("README.md"), *root.glob("docs/*.md")]):
-
-        def checked(match: re.Match, file: Path = file) -> str:
+        for match in REFERENCE.finditer(file.read_text()):
             source, line, name = match.groups()
             path = root / source
-            node = find(ast.parse(path.read_text()), name) if path.is_file() else None
-            if node is None:
+            if not path.is_file() or find(ast.parse(path.read_text()), name) is None:
                 problems.append(f"{file.relative_to(root)}: {match[0]}: no {name} in {source}")
-            elif node.lineno != int(line):
-                if fix:
-                    return f"`{source}:{node.lineno}` (`{name}`)"
-                problems.append(f"{file.relative_to(root)}: {match[0]}: it is at line {node.lineno}")
-            return match[0]
-
-        text = file.read_text()
-        found = REFERENCE.sub(checked, text)
-        if found != text:
-            file.write_text(found)
+            elif line:
+                problems.append(f"{file.relative_to(root)}: {match[0]}: line numbers go stale; leave it out")
     return problems
-
-
-def check(root: Path, fix: bool = False) -> list[str]:
-    """Copies first: repairing them moves lines."""
-    if fix:  # a copy may be the source of another one
-        for _ in range(3):
-            check_copies(root, fix)
-    return check_copies(root) + check_references(root, fix)
 
 
 if __name__ == "__main__":
-    rest = [a for a in sys.argv[1:] if a != "--fix"]
-    found = check(Path(rest[0]) if rest else Path(__file__).resolve().parents[1], "--fix" in sys.argv)
-    print("\n".join(found) or "copies and line references are right")
-    sys.exit(bool(found))
+    named = [Path(a) for a in sys.argv[1:] if a != "--fix"] or [ROOT / name for name in CHILDREN]
+    wrong = [line for script in named for line in check_copies(script, "--fix" in sys.argv)]
+    print("\n".join(wrong) or "copies are true")
+    sys.exit(bool(wrong))

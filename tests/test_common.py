@@ -7,10 +7,13 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import shlex
+import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+import common
+from common import Metrics, Ranks, Run
 
 torch.set_num_threads(1)
 TRITON_CHILD = os.environ.get("COMMON_TEST_TRITON") == "1"  # the interpreter run of this file, see the last tests
@@ -212,7 +216,7 @@ def test_triton_kernels_in_the_interpreter():
     """The same tests, with the Triton kernels run on the CPU: the variable must be set before Triton is imported."""
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "1", "COMMON_TEST_TRITON": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__, "-k", "triton"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "14 passed" in done.stdout, done.stdout[-500:]
@@ -240,7 +244,7 @@ def test_import_is_light():
     assert done.stdout.strip() == "[]"
 
 
-# ---------------------------------------------------------------- Wilson, files
+# ---------------------------------------------------------------- Wilson, statistics, files
 
 
 def test_wilson_interval():
@@ -257,263 +261,450 @@ def test_wilson_interval():
             common.wilson_interval(*bad)
 
 
-def test_atomic_write_keeps_the_old_file_when_the_disk_is_full(tmp_path):
-    path = tmp_path / "state.json"
-    common.atomic_write_text(path, "old")
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full(tmp):
+
+def test_a_full_disk_leaves_the_old_file_and_the_old_folder(tmp_path):
+    path, folder = tmp_path / "state.json", tmp_path / "step_000001"
+
+    def half(tmp):
         assert tmp.parent == tmp_path and tmp.suffix == ".json"
         tmp.write_text("ha")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        full()
 
-    with pytest.raises(OSError, match="No space left"):
-        common.atomic_write(path, full)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["state.json"]
-    common.atomic_write_text(path, "new")
-    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["state.json"]
+    common.atomic_write(path, lambda tmp: tmp.write_text("old"))
+    common.replace_folder(folder, lambda partial: (partial / "old").touch())
+    for attempt in (lambda: common.atomic_write(path, half), lambda: common.replace_folder(folder, full)):
+        with pytest.raises(OSError, match="No space left"):
+            attempt()
+    assert path.read_text() == "old" and (folder / "old").exists()
+    common.atomic_write(path, lambda tmp: tmp.write_text("new"))
+    os.replace(folder, tmp_path / ".step_000001.old")  # killed between the two renames
+    with pytest.raises(OSError):
+        common.replace_folder(folder, full)
+    assert path.read_text() == "new" and (folder / "old").exists()
+    common.replace_folder(folder, lambda partial: (partial / "new").touch())
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["state.json", "step_000001", "step_000001/new"]
 
 
-# ---------------------------------------------------------------- RunLogger
+# ---------------------------------------------------------------- Metrics
+
+ALONE = Ranks(0, 1)
+
+
+def test_metrics_are_means_over_calls_groups_and_masks():
+    log = Metrics("cpu", ALONE)
+    x, groups = torch.tensor([[1.0, 2], [3, math.nan]]), torch.tensor([[0, 2], [2, 0]])
+    inside = torch.tensor([[True, True], [True, False]])
+    log.mean("x", x, where=inside, by=(groups, 4))
+    log.mean("x", torch.tensor([10.0, 20.0]), by=(torch.tensor([2, 2]), 4))
+    log.mean("share", torch.tensor([True, False, False, False]))
+    log.mean("nothing", x, where=torch.zeros(2, 2, dtype=torch.bool))
+    for part in ([1.0, -5.0], [4.0]):
+        log.sum("sum", torch.tensor(part))
+        log.max("max", torch.tensor(part))
+    expected = {"x": 36 / 5, "x_k0": 1, "x_k2": 35 / 4, "share": 0.25, "sum": 0, "max": 4}  # group 1, 3: nobody
+    assert log.read() == pytest.approx(expected)
+    assert Metrics("cpu", ALONE).read() == {}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["mean", "sum", "max"])
+def test_a_number_that_is_not_finite_stops_the_run(kind, value):
+    log = Metrics("cpu", ALONE)
+    log.mean("update/fine", torch.ones(3))
+    getattr(log, kind)("update/loss", torch.tensor([1.0, value]))
+    with pytest.raises(SystemExit, match="^update/loss became nan or inf: lower --learning-rate"):
+        log.read()
+
+
+def on_two_ranks(target, *args) -> None:
+    """Calls target(rank, *args) in two processes that are a gloo group."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    # a forked process need not import torch again; after CUDA has started it may not be forked
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    children = [context.Process(target=as_rank, args=(r, port, target, *args)) for r in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        if child.is_alive():
+            child.kill()
+    assert [child.exitcode for child in children] == [0, 0]
+
+
+def as_rank(rank: int, port: int, target, *args) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    target(Ranks.start("cpu"), *args)
+
+
+def metrics_of_a_rank(ranks: Ranks, folder: Path) -> None:
+    log = Metrics("cpu", ranks)
+    log.mean("both", torch.arange(2.0) + 10 * ranks.rank)
+    log.max("max", torch.tensor(-1.0 - ranks.rank))
+    if ranks.rank == 1:  # rank 0 has no samples, hence no such names
+        log.mean("update/a", torch.tensor([1.0, 3.0]), by=(torch.tensor([0, 1]), 2))
+        log.sum("sum", torch.tensor(4.0))
+    (folder / f"{ranks.rank}.json").write_text(json.dumps(log.read()))
+
+
+def test_metrics_over_ranks_of_which_one_lacks_names(tmp_path):
+    on_two_ranks(metrics_of_a_rank, tmp_path)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert found[0] == pytest.approx(
+        {"both": 5.5, "max": -1, "update/a": 2, "update/a_k0": 1, "update/a_k1": 3, "sum": 4}
+    )
+
+
+# ---------------------------------------------------------------- names and arguments of runs
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/tmp/x", "..", ".", "", "a b", "x\n"])
+def test_a_name_is_that_of_a_folder_under_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        common.run_name(name)
+    assert str(refused.value).startswith(f"--exp-name {name}: is the name of a folder under runs/")
+
+
+def test_names_of_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.time, "strftime", lambda *_: "20260101-000000")
+    assert common.run_name("mine-1.0@x=2") == "mine-1.0@x=2"
+    names = []
+    for _ in range(3):
+        names.append(common.run_name(None, "grpo", "Task", 1))
+        (tmp_path / "runs" / names[-1]).mkdir(parents=True)
+    assert names == [f"grpo__Task__1__20260101-000000{end}" for end in ("", "_2", "_3")]
+    (tmp_path / "runs/mine").mkdir()
+    assert common.run_name("mine") == "mine"  # nothing in it yet
+    (tmp_path / "runs/mine/metrics.jsonl").touch()
+    with pytest.raises(SystemExit, match="^--exp-name mine: that run exists; .* --resume runs/mine$"):
+        common.run_name("mine")
+    assert common.run_name(None, "grpo", resume="runs/mine/") == "mine"
+
+
+@dataclass
+class Flags:
+    rate: float = 0.1
+    hidden: tuple[int, ...] = (1, 2)
+    resume: str | None = None
+
+
+def test_saved_arguments_are_those_of_the_newest_resume(tmp_path):
+    def write(name: str, at: float, **args):
+        (tmp_path / name).write_text(json.dumps({"args": args}))
+        os.utime(tmp_path / name, (at, at))
+
+    run = str(tmp_path)
+    with pytest.raises(SystemExit, match="^--resume .*: no args.json there"):
+        common.saved_args(run, Flags)
+    write("args.json", 1, rate=0.2, hidden=[3])
+    with pytest.raises(SystemExit, match="no complete checkpoint"):
+        common.saved_args(run, Flags)
+    (tmp_path / "checkpoints/step_000001").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="no complete checkpoint"):  # cut short
+        common.saved_args(run, Flags)
+    (tmp_path / "checkpoints/step_000001/trainer_state.pt").touch()
+    assert common.saved_args(run, Flags) == Flags(0.2, (3,), run)
+    write("args.resume9.json", 2, rate=0.3, hidden=[3], resume="elsewhere")
+    write("args.resume10.json", 3, rate=0.4, hidden=[3])
+    assert common.saved_args(run, Flags).rate == 0.4
+    for wrong in ({"group": 1}, [1]):
+        write("args.resume11.json", 4)
+        (tmp_path / "args.resume11.json").write_text(json.dumps({"args": wrong}))
+        with pytest.raises(SystemExit, match="^--resume .*: its args.resume11.json is not of this version .*--checkpoint"):
+            common.saved_args(run, Flags)
+
+
+# ---------------------------------------------------------------- Run
 
 METRICS = {
-    "env_steps": 12345, "sps/env": 2500.0, "sps/policy": 1500.0, "sps/train": 900.0, "rollout/success": 0.25,
-    "eval/ode_success": 0.5, "eval/episodes": 64, "update/kl_base": 0.0123, "update/clip_frac": 0.125,
-    "update/loss": -0.5, "time/elapsed": 3725.0,
+    "rollout/success": 0.25, "eval/ode_success": 0.5, "eval/episodes": 64, "update/kl_base": 0.0123, "update/clip_frac": 0.125,
+    "update/loss": -0.5,
 }  # fmt: skip
+STAGES = {"env": 0.4, "policy": 0.4, "update": 0.2}  # of 1000 steps
 
 
-def make(run_dir, **kwargs):
-    kwargs = {"script": __file__, "total_iterations": 10, "track": False, **kwargs}
-    return common.RunLogger(run_dir, {"seed": 1, "lr": 1e-4, "task": Path("a/b")}, **kwargs)
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Runs are made in runs/ of the working directory; W&B only where a test asks for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
-def rows(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def make(name="mine", ranks=ALONE, console=None, **args) -> Run:
+    args = {"seed": 1, "lr": 1e-4, "task": Path("a/b"), **args}
+    return Run(args, __file__, ranks, name, 10, "cpu", console)
+
+
+def rows(run: Run) -> list[dict]:
+    return [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def save(run: Run, iteration: int, optimizer=None) -> None:
+    optimizer = optimizer or torch.optim.SGD([torch.zeros(1)], 0.1)
+    run.save(f"step_{iteration:06d}", lambda folder: (folder / "weights").write_text(str(iteration)), optimizer)
 
 
 def test_provenance(tmp_path):
-    other = tmp_path / "net.py"
-    other.write_text("x = 1\n")
-    make(tmp_path / "run", sources=[other]).close()
-    args = json.loads((tmp_path / "run/args.json").read_text())
+    with make() as run:
+        made = run.dir
+    args = json.loads((made / "args.json").read_text())
     assert args["args"] == {"seed": 1, "lr": 1e-4, "task": "a/b"} and args["command"] == shlex.join(sys.orig_argv)
-    for name, origin in (("test_common.py", __file__), ("common.py", common.__file__), ("net.py", other)):
-        assert (tmp_path / "run/source" / name).read_bytes() == Path(origin).read_bytes()
-    text = (tmp_path / "run/provenance.json").read_text()
+    for name in ("common.py", "tests/test_common.py", "tasks/tabletop.py"):  # tasks are imported with the simulator
+        assert (made / "source" / name).read_bytes() == (ROOT / name).read_bytes()
+    text = (made / "provenance.json").read_text()
     provenance = json.loads(text)
     assert provenance["packages"]["torch"] == torch.__version__.split("+")[0] and provenance["cpu_count"] >= 1
     assert os.uname().nodename not in text
-    outside = common._provenance(other, "cpu")  # tmp_path is in no repository
+    outside = common.provenance(tmp_path, "cpu")  # in no repository
     assert outside["git_sha"] is None and outside["git_dirty"] is None
-    repo = tmp_path / "repo"
-    repo.mkdir()
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    (tmp_path / "repo").mkdir()
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
-        subprocess.run([*git, *command], cwd=repo, check=True)
-    clean = common._provenance(repo / "s.py", "cpu")
-    (repo / "s.py").write_text("")
+        subprocess.run([*git, *command], cwd=tmp_path / "repo", check=True)
+    clean = common.provenance(tmp_path / "repo", "cpu")
+    (tmp_path / "repo/s.py").write_text("")
     assert len(clean["git_sha"]) == 40 and clean["git_dirty"] is False
-    assert common._provenance(repo / "s.py", "cpu")["git_dirty"] is True
+    assert common.provenance(tmp_path / "repo", "cpu")["git_dirty"] is True
 
 
-def test_metrics_resume_and_partial_line(tmp_path, capsys):
-    logger = make(tmp_path)
-    for i in range(4):
-        logger.log(i, {**METRICS, "update/loss": torch.tensor(float(i)), "bad": math.nan, "none": None})
-        assert len(rows(tmp_path)) == i + 1  # flushed: a run killed now has lost nothing
-    logger.close()
-    with open(tmp_path / "metrics.jsonl", "a") as f:
+def test_resume_goes_on_in_the_files_of_the_old_run(capsys):
+    weight = torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], 0.1)
+    with make() as run:
+        for i in range(4):
+            weight.sum().backward()
+            optimizer.step()
+            run.log(i, {"update/loss": float(i), "bad": math.nan}, STAGES, 1000)
+            assert len(rows(run)) == i + 1  # flushed: a run killed now has lost nothing
+            if i == 2:
+                run.improved(0.5)
+                run.result(before={"mean": 0.1, "low": 0.0, "high": 0.2, "episodes": 4})
+                save(run, 3, optimizer)
+                first = optimizer.state[weight]["exp_avg"].clone()
+    assert rows(run)[0]["bad"] is None
+    with open(run.dir / "metrics.jsonl", "a") as f:
         f.write('{"iteration": 4, "update/lo')  # SIGKILL in the middle of a line
-    logger = make(tmp_path, resume_iteration=3)
-    assert [row["iteration"] for row in rows(tmp_path)] == [0, 1, 2]
-    logger.log(3, {"update/loss": 7.0})
-    logger.close()
-    assert [row["update/loss"] for row in rows(tmp_path)] == [0, 1, 2, 7]
-    assert rows(tmp_path)[0]["bad"] is None and "none" not in rows(tmp_path)[0]
-    assert (tmp_path / "args.resume3.json").exists() and (tmp_path / "source.resume3/common.py").exists()
-    make(tmp_path).close()  # a fresh start in the same folder loses nothing
-    assert rows(tmp_path) == [] and len(list(tmp_path.glob("metrics.*.old.jsonl"))) == 1
+    again, loaded = torch.optim.AdamW([weight], 0.1), []
+    with make(resume="runs/mine", lr=0.5) as run:
+        assert run.restore(lambda folder: loaded.append((folder / "weights").read_text())) == 3 and loaded == ["3"]
+        run.restore_optimizer(again)
+        assert torch.equal(again.state[weight]["exp_avg"], first)
+        assert run.state["best"] == 0.5 and not run.improved(0.4) and run.improved(0.6)
+        assert run.state["stages"]["env"] == pytest.approx(1.2) and run.state["elapsed"] > 0
+        assert [row["iteration"] for row in rows(run)] == [0, 1, 2]
+        run.log(3, {"update/loss": 7.0}, STAGES, 1000)
+        run.result(after=1)
+    assert [row["update/loss"] for row in rows(run)] == [0, 1, 2, 7]
+    assert json.loads((run.dir / "args.resume3.json").read_text())["args"]["lr"] == 0.5
+    assert json.loads((run.dir / "args.json").read_text())["args"]["lr"] == 1e-4
+    assert (run.dir / "source.resume3/common.py").exists() and (run.dir / "provenance.resume3.json").exists()
+    summary = json.loads((run.dir / "summary.json").read_text())
+    assert summary["before"]["mean"] == 0.1 and summary["after"] == 1 and summary["iterations"] == 4
 
 
-def test_plain_line_and_events(tmp_path, capsys):
-    logger = make(tmp_path, total_iterations=5)
-    logger._start -= 100.0  # as if the first iteration had taken 100 s: 4 more are 400 s
-    logger.log(0, METRICS)
-    logger.event("saved [checkpoint]")
-    logger.log(1, {"update/loss": math.inf})
-    logger.close()
+@pytest.mark.parametrize("what", ["trainer_state.pt", "weights"])
+def test_a_damaged_checkpoint_is_refused(what):
+    with make() as run:
+        run.log(0, {}, STAGES, 1000)
+        save(run, 1)
+    (run.dir / "checkpoints/step_000001" / what).write_text("")
+    with pytest.raises(SystemExit, match="^--resume runs/mine: step_000001 is damaged .*; remove it$") as refused:
+        with make(resume="runs/mine") as run:
+            run.restore(lambda folder: int((folder / "weights").read_text()))
+    assert "\n" not in str(refused.value)
+
+
+def test_checkpoints_are_whole_and_the_latest_two_stay():
+    with make() as run:
+        folder = run.dir / "checkpoints"
+        assert common.latest_checkpoint(run.dir) is None
+        for i in (1, 2, 3):
+            run.log(i - 1, {}, STAGES, 1000)
+            save(run, i)
+        run.save("best", lambda partial: (partial / "weights").write_text("best"))
+        assert sorted(p.name for p in folder.iterdir()) == ["best", "step_000002", "step_000003"]
+        assert common.latest_checkpoint(run.dir) == folder / "step_000003" and not (folder / "best/trainer_state.pt").exists()
+        for name in ("step_000004", "best"):
+            run.save(name, lambda partial: ((partial / "weights").write_text("half"), full()))  # the run goes on
+            said = (run.dir / "log.txt").read_text().splitlines()[-1]
+            assert f"checkpoint {name} could not be written, earlier ones are kept" in said and "No space left" in said
+        assert (folder / "best/weights").read_text() == "best"
+    (folder / "step_000009").mkdir()  # partial ones: without the trainer's state, or not yet renamed
+    (folder / ".step_000010.partial").mkdir()
+    (folder / ".step_000010.partial/trainer_state.pt").touch()
+    assert common.latest_checkpoint(run.dir) == folder / "step_000003"
+
+
+def test_plain_line_and_events(capsys):
+    with make() as run:
+        run._start -= 100.0  # as if the first iteration had taken 100 s: 9 more are 900 s
+        run.log(0, METRICS, STAGES, 1000)
+        run.event("saved [checkpoint]")
+        run.log(1, {"update/loss": 1.0}, {}, 1000)
     first, event, second = capsys.readouterr().out.splitlines()
-    for part in ("iteration 1/5", "steps 12.3k", "env/s 2.5k", "+policy/s 1.5k", "+train/s 900", "success 0.250",
-                 "eval 0.500", "KL 0.012", "clip 0.125", "loss -0.5", "elapsed 1:02:05", "ETA 0:06:4"):  # fmt: skip
+    for part in ("iteration 1/10", "steps 1k", "env/s 2.5k", "+policy/s 1.25k", "+train/s 1k", "success 0.250",
+                 "eval 0.500", "KL 0.012", "clip 0.125", "loss -0.5", "elapsed 0:01:40", "ETA 0:15:0"):  # fmt: skip
         assert part in first, part
-    assert event == "saved [checkpoint]" and event in (tmp_path / "log.txt").read_text()
-    assert "ETA 0:02:3" in second  # 100 s for two iterations, three to go
-    assert "loss inf" in second and "success" not in second and "\x1b" not in first
+    assert event == "saved [checkpoint]" and event in (run.dir / "log.txt").read_text()
+    assert "ETA 0:06:4" in second  # 100 s for two iterations, eight to go
+    assert "loss 1" in second and "success" not in second and "\x1b" not in first
 
 
-def test_live_display(tmp_path):
+def test_live_display():
     from rich.console import Console
 
     console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
-    logger = make(tmp_path, console=console)
-    logger.log(0, METRICS)
-    logger.event("above the block")
-    logger.log(1, {"update/loss": 0.75})
-    logger.close()
+    with make(console=console) as run:
+        run.log(0, METRICS, STAGES, 1000)
+        run.event("above the block")
+        run.log(1, {"update/loss": 0.75}, STAGES, 1000)
     text = console.file.getvalue()
-    for part in ("iteration 1/10", "iteration 2/10", "steps 12.3k", "env/s 2.5k", "+policy/s 1.5k", "+train/s 900",
-                 "success 0.250", "eval 0.500", "KL 0.012", "clip 0.125", "loss 0.75", "elapsed 1:02:05", "ETA",
-                 "above the block", "━", tmp_path.name[:20]):  # fmt: skip
+    for part in ("iteration 1/10", "iteration 2/10", "steps 1k", "env/s 2.5k", "+policy/s 1.25k", "+train/s 1k",
+                 "success 0.250", "eval 0.500", "KL 0.012", "clip 0.125", "loss 0.75", "elapsed 0:00:0", "ETA",
+                 "above the block", "━", "mine"):  # fmt: skip
         assert part in text, part
-    last = text[text.rindex("iteration 2/10") :]
-    assert "eval 0.500" in last  # an evaluation stays on display until the next one
+    assert "eval 0.500" in text[text.rindex("iteration 2/10") :]  # an evaluation stays on display until the next one
     assert text.rstrip().endswith("\x1b[?25h")  # the cursor is back
 
 
-def test_kernel_path_line_reaches_the_log(tmp_path, monkeypatch, capsys):
+def test_kernel_path_line_reaches_the_log(monkeypatch, capsys):
     monkeypatch.setattr(common, "_named", set())
-    logger = make(tmp_path)
-    common.group_advantages(torch.arange(4.0), 2)
-    logger.close()
-    common.gae(*rollout(2, 2, 0), 0.9, 0.9)  # after close: nobody listens, nothing breaks
-    assert (tmp_path / "log.txt").read_text().endswith("group_advantages: torch path (cpu)\n")
+    with make() as run:
+        common.group_advantages(torch.arange(4.0), 2)
+    assert (run.dir / "log.txt").read_text().endswith("group_advantages: torch path (cpu)\n")
 
 
-def test_curves(tmp_path, capsys):
+def test_summary_of_a_run_and_a_full_disk(monkeypatch):
+    with make(num_envs=4) as run:
+        run.log(0, METRICS, STAGES, 1000)
+        run.result(success=np.float32(0.5), nan=math.nan, list=torch.tensor([1, 2]))
+        summary = json.loads((run.dir / "summary.json").read_text())
+        assert {key: summary[key] for key in ("success", "nan", "list")} == {"success": 0.5, "nan": None, "list": [1, 2]}
+        assert summary["script"] == "test_common" and summary["num_envs"] == 4 and summary["env_steps"] == 1000
+        assert summary["steps_per_second"] == {"env": 2500, "policy": 1250, "train": 1000}
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            run.result(success=1.0)
+        assert json.loads((run.dir / "summary.json").read_text()) == summary and not list(run.dir.glob(".*.tmp*"))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(SystemExit, match=r"^--exp-name mine: cannot write runs/mine \("):
+        make().__enter__()
+
+
+def test_an_exception_is_logged_and_passes():
+    with pytest.raises(RuntimeError), make() as run:
+        raise RuntimeError("broken")
+    assert "stopped: RuntimeError: broken" in (run.dir / "log.txt").read_text()
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    run = Run({}, __file__, ALONE, "mine", 10, "cpu")  # as rank 1 of 2, after the name was agreed on
+    run.is_main = False
+    with run:
+        run.event("x")
+        run.log(0, METRICS, STAGES, 1000)
+        save(run, 1)
+        run.gif("x", None)
+        run.result(success=1)
+    assert run.state["iteration"] == 1 and not (tmp_path / "runs").exists() and capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_curves(capsys):
     from PIL import Image
 
-    logger = make(tmp_path)
-    logger.curve_png()
-    assert not (tmp_path / "curves.png").exists()  # nothing to draw yet
-    logger.log(0, {"update/loss": 1.0})
-    logger.curve_png()
-    small = Image.open(tmp_path / "curves.png").size
-    for i in range(1, 4):
-        logger.log(i, {**METRICS, "env_steps": i * 100, "eval/ode_success": i / 3})
-    logger.curve_png()
-    large = Image.open(tmp_path / "curves.png").size
-    logger.close()
-    assert large[1] > small[1]  # one row of panels against three
+    with make() as run:
+        run.curves()
+        assert not (run.dir / "curves.png").exists()  # nothing to draw yet
+        run.log(0, {"update/loss": 1.0}, {}, 100)
+        run.curves()
+        small = Image.open(run.dir / "curves.png").size
+        for i in range(1, 4):
+            run.log(i, {**METRICS, "eval/ode_success": i / 3}, STAGES, 100)
+        run.curves()
+        assert Image.open(run.dir / "curves.png").size[1] > small[1]  # one row of panels against three
 
 
-def test_gif(tmp_path):
+def tiles(run: Run, name: str, **given):
+    """Frames of a GIF of 4 frames of 5 episodes, as numbers: (frame, its 5 tiles (144, 192, 3))."""
     from PIL import Image
 
-    logger = make(tmp_path)
     frames = torch.full((4, 5, 48, 64, 3), 128, dtype=torch.uint8)
-    frames += torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1, 1)  # all frames differ: pillow merges equal ones
-    success = torch.tensor([True, False, True, False, False])
-    path = logger.save_gif("group", frames, success, torch.tensor([2, 0, 0, -1, -1]))
-    gif = Image.open(path)
-    h, w = 48 * 3, 64 * 3  # 48 px -> x3 -> 144 >= 128
-    assert path == tmp_path / "videos/group.gif" and gif.n_frames == 4 and gif.size == (3 * w, 2 * h)
-    for f in range(4):
+    frames += 10 * torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1, 1)
+    run.gif(name, frames, **given)
+    gif = Image.open(run.dir / f"videos/{name}.gif")
+    strip = 14 + 14 * (len(set(given.get("texts", ()))) > 1)
+    h, w, top = 48 * 3 + strip - 14, 64 * 3, 14  # 48 px -> x3 -> 144 >= 128
+    assert gif.size == (3 * w, 2 * h + top)
+    for f in range(gif.n_frames):
         gif.seek(f)
         pixels = np.asarray(gif.convert("RGB")).astype(int)
-        for n in range(5):
-            y, x = n // 3 * h, n % 3 * w
-            edge, middle = pixels[y + 1, x + w // 2], pixels[y + h // 2, x + w // 2]
-            assert (edge[1] > edge[0] + 100) == ((n, f) in {(0, 2), (0, 3), (2, 0), (2, 1), (2, 2), (2, 3)}), (n, f)
-            assert np.abs(middle - (128 + f)).max() < 12
-    for bad in (frames.float(), frames[0], frames[..., :2]):
-        with pytest.raises(ValueError, match="save_gif"):
-            logger.save_gif("bad", bad, success)
-    with pytest.raises(ValueError, match="save_gif"):
-        logger.save_gif("bad", frames, success[:3])
-    logger.close()
+        yield pixels, [pixels[n // 3 * h + top + strip - 14 :, n % 3 * w :][:144, :192] for n in range(5)]
 
 
-def test_summary_and_full_disk(tmp_path, monkeypatch):
-    logger = make(tmp_path)
-    logger.summary({"success": np.float32(0.5), "nan": math.nan, "list": torch.tensor([1, 2])})
-    expected = {"success": 0.5, "nan": None, "list": [1, 2]}
-    assert json.loads((tmp_path / "summary.json").read_text()) == expected
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        logger.summary({"success": 1.0})
-    assert json.loads((tmp_path / "summary.json").read_text()) == expected
-    assert not list(tmp_path.glob(".*.tmp*"))
-    logger.close()
-
-
-def test_unwritable_run_dir(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write the run directory .*file"):
-        make(tmp_path / "file/run")
-    if os.geteuid():  # root writes anywhere
-        (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(PermissionError, match="cannot write the run directory"):
-            make(tmp_path / "locked/run")
-
-    def read_only(*_, **__):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(Path, "write_text", read_only)
-    with pytest.raises(OSError, match="cannot write the run directory .*Read-only"):
-        make(tmp_path / "run")
+def test_a_film_stands_still_after_the_first_success():
+    success = torch.zeros(4, 5, dtype=torch.bool)
+    success[2:, 0], success[0, 2] = True, True
+    with make() as run:
+        shown = list(tiles(run, "group", success=success, texts=["lift the red cube"] * 5, every=8))
+        assert len(shown) == 4
+        for f, (pixels, five) in enumerate(shown):
+            assert pixels[:14].max() > 200  # step and instruction
+            for n, tile in enumerate(five):
+                first = {0: 2, 2: 0}.get(n, 4)
+                assert (tile[1, 96, 1] > tile[1, 96, 0] + 100) == (f >= first), (n, f)  # a green frame
+                assert np.abs(tile[72, 96] - (128 + 10 * min(f, first))).max() < 5
+        for _, five in tiles(run, "several", texts=["red", "blue", "red", "a very long instruction " * 9, "blue"]):
+            assert all(np.abs(tile[2:4, 90] - 40).max() < 12 for tile in five)  # each below its own line of text
+        for bad in ({"frames": torch.zeros(2, 1, 8, 8, 3)}, {"frames": torch.zeros(2, 8, 8, 3, dtype=torch.uint8)},
+                    {"frames": torch.zeros(2, 1, 8, 8, 3, dtype=torch.uint8), "success": success}):  # fmt: skip
+            with pytest.raises(ValueError, match="gif"):
+                run.gif("bad", **bad)
 
 
-def test_other_ranks_do_nothing(tmp_path, capsys):
-    logger = make(tmp_path / "run", is_main=False, track=True)
-    logger.event("x")
-    logger.log(0, METRICS)
-    logger.curve_png()
-    assert logger.save_gif("x", None, None) is None
-    logger.summary({})
-    logger.close()
-    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+# ---------------------------------------------------------------- W&B
 
 
-def test_wandb_mode_without_network(tmp_path, monkeypatch):
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert common._wandb_mode() == "offline"
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
-    (tmp_path / "netrc").chmod(0o600)
-    assert common._wandb_mode() == "online"
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert common._wandb_mode() == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert common._wandb_mode() == "online"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert common._wandb_mode() == "disabled"
-
-
-def test_wandb_offline_resume_and_failure(tmp_path, monkeypatch, capfd):
+def test_wandb_offline_resume_and_failure(monkeypatch, capfd):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    logger = make(tmp_path, track=True)
-    run_id = (tmp_path / "wandb_id.txt").read_text().strip()
-    assert logger.wandb is not None and logger.wandb.id == run_id
-    logger.log(0, METRICS)
-    logger.save_gif("clip", np.zeros((2, 1, 8, 8, 3), np.uint8), [True])
-    logger.summary({"success": 1.0})
-    logger.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb")) and list(tmp_path.glob("wandb/**/*.gif"))
+    with make() as run:
+        run_id = (run.dir / "wandb_id.txt").read_text().strip()
+        assert run.wandb is not None and run.wandb.id == run_id
+        run.log(0, METRICS, STAGES, 1000)
+        run.gif("clip", np.zeros((2, 1, 8, 8, 3), np.uint8))
+        run.result(success=1.0)
+        save(run, 1)
+    assert list(run.dir.glob("wandb/offline-run-*/run-*.wandb")) and list(run.dir.glob("wandb/**/*.gif"))
     out, err = capfd.readouterr()
     assert "wandb" not in out + err  # quiet: the terminal is the display's
-
-    logger = make(tmp_path, track=True, resume_iteration=1)
-    assert logger.wandb.id == run_id
 
     def broken(*_, **__):
         raise RuntimeError("no wandb today")
 
-    logger.wandb.finish()
-    logger.wandb = type("Run", (), {"log": broken})()
-    for i in (1, 2):
-        logger.log(i, METRICS)
-    logger.close()
-    assert [row["iteration"] for row in rows(tmp_path)] == [0, 1, 2]
-    assert (tmp_path / "log.txt").read_text().count("no wandb today") == 1
+    with make(resume="runs/mine") as run:
+        assert run.wandb.id == run_id
+        run.wandb.finish()
+        run.wandb = type("Broken", (), {"log": broken})()
+        for i in (1, 2):
+            run.log(i, METRICS, STAGES, 1000)
+    assert [row["iteration"] for row in rows(run)] == [0, 1, 2]
+    assert (run.dir / "log.txt").read_text().count("no wandb today") == 1
 
 
-def test_wandb_that_does_not_start(tmp_path, monkeypatch, capsys):
+def test_wandb_that_does_not_start(monkeypatch, capsys):
     import wandb
 
     modes = []
@@ -523,9 +714,9 @@ def test_wandb_that_does_not_start(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no network")
 
     monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setenv("WANDB_MODE", "online")
-    logger = make(tmp_path, track=True)
-    logger.log(0, METRICS)
-    logger.close()
-    assert modes == ["online", "offline"] and len(rows(tmp_path)) == 1
-    assert "W&B (online) did not start: RuntimeError: no network" in capsys.readouterr().out
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.delenv("WANDB_MODE")
+    with make() as run:
+        run.log(0, METRICS, STAGES, 1000)
+    assert modes == ["online", "offline"] and len(rows(run)) == 1
+    assert "W&B did not start: RuntimeError: no network" in capsys.readouterr().out

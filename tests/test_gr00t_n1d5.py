@@ -408,7 +408,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(folder, golden, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("gr00t_n1d5.save_file", full_disk)
+    monkeypatch.setattr("gr00t_n1d5.network.save_file", full_disk)
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(folder)
     assert torch.equal(run(Gr00tN1d5.from_pretrained(folder), golden["inputs"]), before)
@@ -494,7 +494,7 @@ def test_tokenizer_that_cannot_be_had(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route to host\nmore")
 
-    monkeypatch.setattr("gr00t_n1d5.snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(FileNotFoundError) as error:
         load_tokenizer(tmp_path)
     text = str(error.value)

@@ -6,6 +6,8 @@ The comments beside tests number the details after "The 37 Implementation Detail
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import math
 import multiprocessing
 import os
@@ -16,29 +18,29 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn.utils import parameters_to_vector
 
 import ppo_isaac
-import stock_tasks
-from common import Ranks, StageTimer
-from policies import Network, RunningNorm, flat_parameter
+from common import Metrics, Ranks, StageTimer
 from ppo_isaac import (
     ActorCritic,
     Args,
+    Network,
+    RunningNorm,
     Storage,
-    UsageError,
-    describe_iteration,
+    flat_parameter,
     make_batch,
+    parse,
     plan_minibatches,
     ppo_loss,
-    resolve,
     rollout,
     update,
 )
-from stock_tasks import Spaces, VecEnv
+from tasks import stock
+from tasks.stock import Spaces, VecEnv
 
 torch.set_num_threads(1)
 ALONE = Ranks(0, 1)
@@ -85,14 +87,13 @@ class Points:
 
 @pytest.fixture(autouse=True)
 def no_simulator(monkeypatch):
-    """`gym.make` gives the task that is handed over as configuration; any name is that of a task."""
+    """`gym.make` gives the task that is handed over as configuration."""
     monkeypatch.setattr(gym, "make", lambda task, cfg: cfg.points)
-    monkeypatch.setattr(stock_tasks, "known_task", lambda name: name)
 
 
 def arguments(**overrides) -> Args:
     wanted = {"num_envs": N, "num_steps": T, "hidden": (16, 8), "minibatches": 2, "epochs": 2, "lstm_size": 6}
-    return resolve(Args(**{"task": "Points", "device": "cpu", "exp_name": "test", **wanted, **overrides}))
+    return Args(**{"task": "Points", "device": "cpu", "exp_name": "test", **wanted, **overrides})
 
 
 def perturb(policy: ActorCritic, scale: float) -> ActorCritic:
@@ -104,40 +105,48 @@ def perturb(policy: ActorCritic, scale: float) -> ActorCritic:
     return policy
 
 
-class Run:
+class Case:
     """Arguments, environment, policy and buffers, and the batch of the last of some rollouts."""
 
-    def __init__(self, rollouts: int = 1, space=BOX, critic=False, finite=False, ranks: Ranks = ALONE, **overrides):
-        self.args = arguments(**overrides)
-        points = Points(self.args.num_envs // ranks.world, space, critic)
-        self.env = VecEnv(self.args, SimpleNamespace(is_finite_horizon=finite, points=points), ranks)
-        torch.manual_seed(self.args.seed)
-        self.policy = perturb(ActorCritic(self.env.spaces, self.args), 0.3)
-        self.store, self.iteration, self.points = Storage(self.args, self.env), 0, points
-        self.store.begin(self.env, self.args, 0, None)
+    def __init__(self, rollouts: int = 1, space=BOX, critic=False, finite=False, **overrides):
+        self.args, self.iteration = arguments(**overrides), 0
+        self.points = Points(N, space, critic)
+        cfg, args = SimpleNamespace(is_finite_horizon=finite, points=self.points), self.args
+        self.env = VecEnv(args.task, cfg, ALONE, args.seed, args.clip_actions, args.obs_groups, args.hide_obs)
+        torch.manual_seed(args.seed)
+        self.policy = perturb(ActorCritic(self.env.spaces, args), 0.3)
+        self.store = Storage(args, self.env)
+        self.store.begin(self.env, args, 0, None)
+        self.samples = self.store.samples
         for _ in range(rollouts):
             self.collect()
 
     def collect(self) -> None:
+        self.log = Metrics("cpu", ALONE)
         rollout(self.env, self.policy, self.store, self.args, self.iteration, ALONE, StageTimer("cpu"))
-        self.batch = make_batch(self.env, self.policy, self.store, self.args, ALONE)
+        self.batch = make_batch(self.env, self.policy, self.store, self.args, ALONE, self.log)
         self.iteration += 1
 
-    def column(self, i: int) -> Tensor:
-        """(T, N): -4 log-probability, -3 advantage, -2 return, -1 value."""
-        return self.batch.rest.view(T, N, -1)[..., i]
+    def column(self, name: str) -> Tensor:
+        """(T, N)"""
+        return self.batch[name].view(T, N)
 
     def context(self, k: int) -> tuple:
         """What the actor's (0) or critic's (1) LSTM starts from."""
-        return (self.batch.states[k], self.batch.starts) if self.args.recurrent else ()
+        return (self.store.before[k], self.batch["start"]) if self.args.recurrent else ()
 
-    def loss(self, rest: Tensor | None = None, batch=None, **changes) -> tuple[Tensor, Tensor]:
-        """`ppo_loss` of all samples in one minibatch, and its figures with the largest |ratio - 1| behind them."""
-        batch = batch or self.batch
-        rest, own = batch.rest if rest is None else rest, torch.arange(N) if self.args.recurrent else None
-        args = SimpleNamespace(**vars(self.args) | changes)
-        found = ppo_loss(self.policy, batch, batch.obs, batch.critic, rest, rest[..., 0].numel(), args, own)
-        return found[0], torch.cat([found[1], (found[2].detach() - 1).abs().max()[None]])
+    @property
+    def critic_obs(self) -> Tensor:
+        return self.batch["critic" if "critic" in self.batch else "obs"]
+
+    def loss(self, batch: TensorDict | None = None, states: list | None = None, **changes) -> tuple[Tensor, dict[str, float]]:
+        """`ppo_loss` of all samples in one minibatch; its figures and the largest |ratio - 1|."""
+        batch, log = self.batch if batch is None else batch, Metrics("cpu", ALONE)
+        args, states = dataclasses.replace(self.args, **changes), self.store.before if states is None else states
+        loss, kl, ratio = ppo_loss(self.policy, batch, states, self.store.log_std, batch["value"].numel(), args, log)
+        figures = {name.removeprefix("update/"): value for name, value in log.read().items()}
+        assert math.isclose(kl, figures["kl"], rel_tol=1e-4, abs_tol=1e-7)
+        return loss, figures | {"ratio_error": float((ratio - 1).abs().max())}
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         self.policy.zero_grad()
@@ -145,13 +154,14 @@ class Run:
         named = [(name, p) for name, p in self.policy.named_parameters() if p.numel()]
         return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
 
-    def update(self, rate: float = 1e-3, sgd: bool = False, epochs: int | None = None, ranks: Ranks = ALONE) -> Tensor:
-        """By Adam as in the script, or by SGD, whose steps show the gradient."""
-        self.flat, rate = flat_parameter(self.policy), torch.tensor(rate)
+    def update(self, rate: float = 1e-3, sgd: bool = False, ranks: Ranks = ALONE) -> dict[str, float]:
+        """By Adam as in the script, or by SGD, whose steps show the gradient. Returns the figures."""
+        self.flat, rate, log = flat_parameter(self.policy), torch.tensor(rate), Metrics("cpu", ranks)
         kind = torch.optim.SGD([self.flat], rate, fused=True) if sgd else None
         self.optimizer = kind or torch.optim.Adam([self.flat], rate, eps=1e-5, fused=True)
-        plan = plan_minibatches(self.args, 0, ranks)[:epochs]
-        return update(self.policy, self.optimizer, self.batch, plan, self.args, ranks)
+        plan = plan_minibatches(self.store.units, 0, self.args, ranks)
+        update(self.policy, self.optimizer, self.batch, self.store, plan, self.args, ranks, log)
+        return {name.removeprefix("update/"): value for name, value in log.read().items()}
 
     def rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
@@ -171,62 +181,61 @@ every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
 @every_kind
 def test_rollouts_go_on_across_episode_ends_and_into_the_next_rollout(kind):  # core 1
-    run, finished, ends = Run(0, stagger=False, **kind), torch.zeros(3), 0
+    case, ends = Case(0, stagger=False, **kind), 0
+    x = case.samples
     for i in range(3):
-        run.collect()
-        finished, ends = finished + run.batch.figures["finished"], ends + run.store.starts[1:].sum()
-        seen = run.points.seen[i * T : 1 + (i + 1) * T]
-        assert torch.equal(run.store.obs, torch.stack([groups["policy"] for groups in seen]))
-        assert torch.equal(run.store.critic, torch.stack([groups.get("critic", groups["policy"]) for groups in seen]))
-        assert torch.equal(run.store.starts[1:], run.store.terminated | run.store.truncated)
-        assert run.store.starts[1:-1].any(0).all() and not run.store.starts[-1].all()
-    assert len(run.points.received) == 3 * T and len(run.points.ends) == ends == finished[2]
-    assert torch.allclose(finished[:2], torch.tensor(run.points.ends).sum(0))
+        case.collect()
+        ends += x["start"][1:].sum()
+        seen = case.points.seen[i * T : 1 + (i + 1) * T]
+        assert torch.equal(x["obs"], torch.stack([groups["policy"] for groups in seen]))
+        assert "critic" not in x or torch.equal(x["critic"], torch.stack([groups["critic"] for groups in seen]))
+        assert torch.equal(x["start"][1:], (x["terminated"] | x["truncated"])[:T])
+        assert x["start"][1:-1].any(0).all() and not x["start"][-1].all()
+    assert len(case.points.received) == 3 * T and len(case.points.ends) == ends
 
 
-def true_value(run: Run, state: Tensor | None, t: int, n: int, final: bool) -> float:
+def true_value(case: Case, state: Tensor | None, t: int, n: int, final: bool) -> float:
     """V of one environment's observation, or of the one that ended step t: alone, and from the rollout's start on."""
-    norm = run.policy.critic_norm if run.points.critic else run.policy.obs_norm
-    critic, x = run.policy.critic, norm(run.store.final[t, n] if final else run.store.critic[t, n])[None]
-    if run.args.recurrent:
+    norm, x = case.policy.critic_norm if case.points.critic else case.policy.obs_norm, case.samples
+    critic, seen = case.policy.critic, x["critic"] if case.points.critic else x["obs"]
+    obs = norm(x["final"][t, n] if final else seen[t, n])[None]
+    if case.args.recurrent:
         state = [part[None] for part in state[:, n]]
         for s in range(t + final):
-            state = [0 * part for part in state] if run.store.starts[s, n] else state
-            state = critic.lstm(norm(run.store.critic[s, n])[None], tuple(state))
-        fresh = not final and run.store.starts[t, n]
-        x = critic.lstm(x, tuple(0 * part if fresh else part for part in state))[0]
-    return float(critic.layers(x))
+            state = [0 * part for part in state] if x["start"][s, n] else state
+            state = critic.lstm(norm(seen[s, n])[None], tuple(state))
+        fresh = not final and x["start"][t, n]
+        obs = critic.lstm(obs, tuple(0 * part if fresh else part for part in state))[0]
+    return float(critic.layers(obs))
 
 
 @every_kind
 @torch.no_grad()
 def test_gae_bootstraps_time_outs_from_the_final_observation_and_terminations_from_nothing(kind):  # core 5
-    run = Run(gamma=0.9, gae_lambda=0.8, normalize_obs=True, **kind)
-    for norm, rows in ((run.policy.obs_norm, run.store.obs), (run.policy.critic_norm, run.store.critic)):
-        if isinstance(norm, RunningNorm):
-            norm.update(rows, ALONE)
-    state = run.store.states and run.store.states[1].clone()
-    run.collect()
-    store = run.store
-    assert (store.truncated & ~store.terminated)[:-1].any() and store.terminated[:-1].any()
+    case = Case(gamma=0.9, gae_lambda=0.8, normalize_obs=True, **kind)
+    case.store.finish(case.policy, case.args, ALONE)
+    state = case.args.recurrent and case.store.states[1].clone()
+    case.collect()
+    x = case.samples
+    assert (x["truncated"] & ~x["terminated"])[:-2].any() and x["terminated"][:-2].any()
     for n in range(N):
-        value = [true_value(run, state, t, n, False) for t in range(T + 1)]
+        value = [true_value(case, state, t, n, False) for t in range(T + 1)]
         for t in range(T):
             expected, weight = 0.0, 1.0  # the sum of discounted temporal differences up to the episode's end
             for s in range(t, T):
-                after = true_value(run, state, s, n, True) if store.truncated[s, n] else value[s + 1]
-                after = 0.0 if store.terminated[s, n] else after
-                expected += weight * (float(store.reward[s, n]) + 0.9 * after - value[s])
+                after = true_value(case, state, s, n, True) if x["truncated"][s, n] else value[s + 1]
+                after = 0.0 if x["terminated"][s, n] else after
+                expected += weight * (float(x["reward"][s, n]) + 0.9 * after - value[s])
                 weight *= 0.9 * 0.8
-                if store.starts[s + 1, n]:
+                if x["start"][s + 1, n]:
                     break
-            assert math.isclose(run.column(-3)[t, n], expected, abs_tol=2e-5)
-            assert math.isclose(run.column(-2)[t, n], expected + value[t], abs_tol=2e-5)
+            assert math.isclose(case.column("advantage")[t, n], expected, abs_tol=2e-5)
+            assert math.isclose(case.column("target")[t, n], expected + value[t], abs_tol=2e-5)
 
 
 def test_the_end_of_a_finite_horizon_is_a_termination():
-    run = Run(finite=True)
-    assert not run.store.truncated.any() and run.store.terminated.any(0).all()
+    case = Case(finite=True)
+    assert not case.samples["truncated"].any() and case.samples["terminated"].any(0).all()
 
 
 # ---------------------------------------------------------------- networks and optimizer
@@ -256,33 +265,35 @@ def test_activations_and_their_gradients_are_those_of_torch(name):
     assert torch.allclose(found, expected, atol=1e-6) and torch.allclose(*grads, atol=1e-6)
 
 
-class Log:
-    """A RunLogger that keeps the metrics."""
+class Quiet:
+    """A Run that keeps the metrics, and nothing else."""
 
     def __init__(self):
-        self.rows = []
+        self.rows, self.state = [], {"iteration": 0}
 
-    def log(self, iteration: int, metrics: dict) -> None:
+    def restore_optimizer(self, optimizer):
+        return optimizer
+
+    def log(self, iteration: int, metrics: dict, *more) -> None:
         self.rows.append(metrics)
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
 
 
-def trained(monkeypatch, **overrides) -> tuple[Run, list[dict], list[dict]]:
+def trained(monkeypatch, **overrides) -> tuple[Case, list[dict], list[dict]]:
     """A whole run, its metrics, and at every update the optimizer's group and what was observed."""
-    run, log, seen = Run(0, eval_episodes=0, **overrides), Log(), []
+    case, quiet, seen = Case(0, eval_episodes=0, **overrides), Quiet(), []
 
-    def spy(policy, optimizer, batch, *rest):
+    def spy(policy, optimizer, *rest):
         group = optimizer.param_groups[0]
-        seen.append({"lr": float(group["lr"]), "eps": group["eps"], "obs": run.points.seen[-T - 1 : -1]})
-        return update(policy, optimizer, batch, *rest)
+        seen.append({"lr": float(group["lr"]), "eps": group["eps"], "obs": case.points.seen[-T - 1 : -1]})
+        return update(policy, optimizer, *rest)
 
     monkeypatch.setattr(ppo_isaac, "update", spy)
-    monkeypatch.setattr(ppo_isaac, "save_checkpoint", lambda *args: None)
-    monkeypatch.setattr(stock_tasks, "snapshot", lambda env: {})
-    ppo_isaac.train(run.args, run.env, run.policy, log, ALONE, None)
-    return run, log.rows, seen
+    monkeypatch.setattr(stock, "snapshot", lambda env: {})
+    ppo_isaac.train(case.args, case.env, case.policy, quiet, ALONE)
+    return case, quiet.rows, seen
 
 
 def test_adams_epsilon_and_the_learning_rate_annealed_to_zero(monkeypatch):  # core 3, 4
@@ -294,12 +305,10 @@ def test_adams_epsilon_and_the_learning_rate_annealed_to_zero(monkeypatch):  # c
 
 @every_kind
 def test_policy_and_value_have_networks_of_their_own(kind):  # core 13, continuous 4
-    run = Run(**kind)
-    found = run.gradients(run.loss(value_coef=0.0)[0])
+    case = Case(**kind)
+    found = case.gradients(case.loss(value_coef=0.0)[0])
     assert all((grad.abs().max() == 0) == name.startswith("critic.") for name, grad in found.items() if "bias" not in name)
-    rest = run.batch.rest.clone()
-    rest[..., -3] = 0.0  # advantages
-    found = run.gradients(run.loss(rest, entropy_coef=0.0)[0])
+    found = case.gradients(case.loss(case.batch.clone().set("advantage", 0 * case.batch["advantage"]), entropy_coef=0.0)[0])
     assert all((grad.abs().max() > 0) == name.startswith("critic.") for name, grad in found.items() if "bias" not in name)
 
 
@@ -309,43 +318,42 @@ def test_policy_and_value_have_networks_of_their_own(kind):  # core 13, continuo
 @pytest.mark.parametrize("recurrent", [False, True])
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_epoch_shuffles_anew_and_takes_every_sample_once(recurrent, world):  # core 6
-    args, own = arguments(recurrent=recurrent, minibatches=3, epochs=4), N // world
     count, length = (N, T) if recurrent else (T * N, 1)
-    orders = set()
+    orders, own = set(), N // world
     for i, seed in ((0, 1), (1, 1), (0, 2)):
-        args.seed = seed
-        for parts in zip(*(plan_minibatches(args, i, Ranks(rank, world)) for rank in range(world))):
+        args = arguments(minibatches=3, epochs=4, seed=seed)
+        plans = [plan_minibatches(count, i, args, Ranks(rank, world)) for rank in range(world)]
+        for epoch in range(4):
             chosen = []
-            for mine in zip(*parts):
-                whole = [index // own * N + rank * own + index % own for rank, (index, _) in enumerate(mine)]
+            for mine in zip(*(plan[3 * epoch : 3 * epoch + 3] for plan in plans)):
+                whole = [rows // own * N + rank * own + rows % own for rank, (rows, _) in enumerate(mine)]
                 chosen.append(torch.cat(whole))
                 assert all(size == len(chosen[-1]) * length for _, size in mine)
-            assert len(chosen) == 3 and max(map(len, chosen)) - min(map(len, chosen)) <= 1
+            assert max(map(len, chosen)) - min(map(len, chosen)) <= 1
             assert torch.equal(torch.cat(chosen).sort().values, torch.arange(count))
             orders.add(tuple(torch.cat(chosen).tolist()))
     assert len(orders) == 12
 
 
 @every_kind
-@pytest.mark.parametrize("normalize", [True, False])
-def test_minibatches_hold_the_planned_rows_with_advantages_normalised_in_each(kind, normalize, monkeypatch):  # core 7, LSTM 4
-    run, seen = Run(minibatches=3, normalize_advantages=normalize, **kind), []
+def test_minibatches_hold_the_planned_rows_with_advantages_normalised_in_each(kind, monkeypatch):  # core 7, LSTM 4
+    case, seen = Case(minibatches=3, **kind), []
 
-    def spy(policy, batch, obs, critic, rest, *more):
-        seen.append((obs, critic, rest.clone(), more[0], more[2]))
-        return ppo_loss(policy, batch, obs, critic, rest, *more)
+    def spy(policy, batch, states, old_log_std, size, *more):
+        seen.append((batch.clone(), states, size))
+        return ppo_loss(policy, batch, states, old_log_std, size, *more)
 
     monkeypatch.setattr(ppo_isaac, "ppo_loss", spy)
-    run.update()
-    parts = [part for epoch in plan_minibatches(run.args, 0, ALONE) for part in epoch]
-    for (obs, critic, rest, size, own), (index, planned) in zip(seen, parts, strict=True):
-        rows = (slice(None), index) if run.args.recurrent else index  # whole sequences of some environments
-        assert torch.equal(obs, run.batch.obs[rows]) and torch.equal(critic, run.batch.critic[rows])
-        assert size == planned == rest[..., 0].numel() and (not run.args.recurrent or torch.equal(own, index))
-        wanted = run.batch.rest[rows].double()
-        if normalize:
-            wanted[..., -3] = (wanted[..., -3] - wanted[..., -3].mean()) / wanted[..., -3].std(unbiased=False)
-        assert torch.allclose(rest.double(), wanted, atol=1e-5)
+    case.update()
+    plan = plan_minibatches(case.store.units, 0, case.args, ALONE)
+    for (batch, states, size), (rows, planned) in zip(seen, plan, strict=True):
+        wanted = case.batch[:, rows] if case.args.recurrent else case.batch[rows]  # whole sequences of some environments
+        assert size == planned == batch["value"].numel()
+        assert all(torch.equal(*pair) for pair in zip(states, (state[:, rows] for state in case.store.before), strict=True))
+        assert all(torch.equal(batch[name], wanted[name]) for name in wanted.keys() if name != "advantage")
+        plain = wanted["advantage"].double()
+        normal = (plain - plain.mean()) / plain.std(unbiased=False)
+        assert torch.allclose(batch["advantage"].double(), normal, atol=1e-5)
 
 
 # ---------------------------------------------------------------- loss
@@ -356,105 +364,110 @@ def test_minibatches_hold_the_planned_rows_with_advantages_normalised_in_each(ki
     [(1, 1.5, False), (1, 0.5, True), (1, 1.1, True), (-1, 0.5, False), (-1, 1.5, True), (-1, 0.9, True)],
 )
 def test_the_surrogate_is_clipped(advantage, ratio, passes):  # core 8
-    run = Run(entropy_coef=0.0, value_coef=0.0)
-    rest = run.batch.rest.clone()
-    rest[:, -3] = advantage
-    plain = run.gradients(run.loss(rest)[0])
-    rest[:, -4] -= math.log(ratio)
-    loss, sums = run.loss(rest)
+    case = Case(entropy_coef=0.0, value_coef=0.0)
+    batch = case.batch.clone()
+    batch["advantage"].fill_(advantage)
+    plain = case.gradients(case.loss(batch)[0])
+    batch["log_prob"] -= math.log(ratio)
+    loss, figures = case.loss(batch)
     expected = -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
-    assert math.isclose(loss.detach(), expected, rel_tol=1e-5) and math.isclose(sums[0], expected, rel_tol=1e-5)
-    assert sums[3] == (abs(ratio - 1) > 0.2) and math.isclose(sums[5], abs(ratio - 1), rel_tol=1e-4)
-    for name, grad in run.gradients(loss).items():
+    assert [float(loss.detach()), figures["policy_loss"]] == pytest.approx([expected] * 2, rel=1e-5)
+    assert figures["clip_frac"] == (abs(ratio - 1) > 0.2) and math.isclose(figures["ratio_error"], abs(ratio - 1), rel_tol=1e-4)
+    for name, grad in case.gradients(loss).items():
         assert torch.allclose(grad, ratio * plain[name] if passes else 0 * grad, rtol=1e-3, atol=1e-6), name
     assert plain["log_std"].abs().max() > 0.01 and plain["actor.layers.0.weight"].abs().max() > 0.01
 
 
 def test_the_surrogate_is_a_mean_over_samples_whose_components_share_a_ratio():  # core 8, 12, continuous 3
-    run = Run(entropy_coef=0.0, value_coef=0.0)
-    old = Normal(run.batch.rest[:, 2:4].double(), run.policy.log_std.detach().exp().double())
-    perturb(run.policy, 0.05)
-    loss, sums = run.loss()
+    case = Case(entropy_coef=0.0, value_coef=0.0)
+    old = Normal(case.batch["params"].double(), case.policy.log_std.detach().exp().double())
+    perturb(case.policy, 0.05)
+    loss, figures = case.loss()
     with torch.no_grad():
-        dist = Normal(run.policy.actor.layers(run.batch.obs).double(), run.policy.log_std.exp().double())
-        ratio = torch.exp(dist.log_prob(run.batch.rest[:, :2].double()).sum(1) - run.batch.rest[:, -4].double()).numpy()
-    advantage = run.batch.rest[:, -3].double().numpy()
+        dist = Normal(case.policy.actor.layers(case.batch["obs"]).double(), case.policy.log_std.exp().double())
+        ratio = torch.exp(dist.log_prob(case.batch["action"].double()).sum(1) - case.batch["log_prob"].double()).numpy()
+    advantage = case.batch["advantage"].double().numpy()
     expected = -np.mean(np.minimum(ratio * advantage, ratio.clip(0.8, 1.2) * advantage))
-    assert math.isclose(loss.detach(), expected, rel_tol=1e-4) and math.isclose(sums[5], abs(ratio - 1).max(), rel_tol=1e-4)
-    assert math.isclose(sums[4], kl_divergence(old, dist).sum(1).mean(), rel_tol=1e-4)
-    assert 0 < sums[3] < 1 and math.isclose(sums[3], np.mean((ratio < 0.8) | (ratio > 1.2)), abs_tol=1e-6)
-
-
-def test_the_kl_is_that_of_the_new_policy_from_the_old_one():  # core 12
-    run = Run(space=CHOICES)
-    old = run.batch.rest[:, 2:7].split((3, 2), -1)
-    perturb(run.policy, 0.1)
-    new = run.policy.actor.layers(run.batch.obs).detach().split((3, 2), -1)
-    expected, reverse = (sum(kl_divergence(Categorical(logits=p), Categorical(logits=q)).mean() for p, q in zip(*pair))
-                         for pair in ((old, new), (new, old)))  # fmt: skip
-    assert math.isclose(run.loss()[1][4], expected, rel_tol=1e-4) and not math.isclose(expected, reverse, rel_tol=1e-2)
+    assert math.isclose(loss.detach(), expected, rel_tol=1e-4)
+    assert math.isclose(figures["ratio_error"], abs(ratio - 1).max(), rel_tol=1e-4)
+    assert math.isclose(figures["kl"], kl_divergence(old, dist).sum(1).mean(), rel_tol=1e-4)
+    assert 0 < figures["clip_frac"] < 1
+    assert math.isclose(figures["clip_frac"], np.mean((ratio < 0.8) | (ratio > 1.2)), abs_tol=1e-6)
 
 
 @pytest.mark.parametrize("clip_value", [False, True])
 def test_the_value_loss_is_clipped(clip_value):  # core 9
-    run = Run(entropy_coef=0.0, value_coef=1.0, clip_value=clip_value)
-    rest = run.batch.rest.clone()
-    rest[:, -3] = 0.0  # no policy loss
-    rest[:, -1] += torch.linspace(-1, 1, len(rest))  # values have moved since, by less and by more than the clip
-    loss, sums = run.loss(rest)
-    value = run.policy.critic.layers(run.batch.critic)[:, 0].detach().double().numpy()
-    target, old = rest[:, -2].double().numpy(), rest[:, -1].double().numpy()
+    case = Case(entropy_coef=0.0, value_coef=1.0, clip_value=clip_value)
+    batch = case.batch.clone()
+    batch["advantage"].zero_()  # no policy loss
+    batch["value"] += torch.linspace(-1, 1, len(batch))  # values have moved since, by less and by more than the clip
+    loss, figures = case.loss(batch)
+    value = case.policy.critic.layers(batch["obs"])[:, 0].detach().double().numpy()
+    target, old = batch["target"].double().numpy(), batch["value"].double().numpy()
     plain, clipped = (value - target) ** 2, (np.clip(value, old - 0.2, old + 0.2) - target) ** 2
     expected = 0.5 * np.mean(np.maximum(plain, clipped) if clip_value else plain)
     assert np.mean(plain < clipped) > 0.1 and np.mean(plain > clipped) > 0.1
-    assert math.isclose(loss.detach(), expected, rel_tol=1e-5) and math.isclose(sums[1], expected, rel_tol=1e-5)
+    assert [float(loss.detach()), figures["value_loss"]] == pytest.approx([expected] * 2, rel=1e-5)
 
 
 @every_kind
 def test_entropy_is_rewarded_and_the_value_loss_weighed_by_their_coefficients(kind):  # core 10
-    run = Run(**kind)
-    (loss, sums), bare = run.loss(entropy_coef=0.25, value_coef=0.5), run.loss(entropy_coef=0.0, value_coef=0.0)[0]
-    assert sums[1] > 0.1 and sums[2] > 0.1
-    assert math.isclose((loss - bare).detach(), 0.5 * sums[1] - 0.25 * sums[2], rel_tol=1e-4)
-    entropy = run.policy.entropy(run.policy(run.batch.obs, *run.context(0))[0]).mean()
-    assert math.isclose(entropy.detach(), sums[2], rel_tol=1e-5)
-    more, less = (run.gradients(run.loss(entropy_coef=c)[0]) for c in (1.0, 0.0))
-    for name, grad in run.gradients(-entropy).items():
+    case = Case(**kind)
+    (loss, figures), bare = case.loss(entropy_coef=0.25, value_coef=0.5), case.loss(entropy_coef=0.0, value_coef=0.0)[0]
+    assert figures["value_loss"] > 0.1 and figures["entropy"] > 0.1
+    assert math.isclose((loss - bare).detach(), 0.5 * figures["value_loss"] - 0.25 * figures["entropy"], rel_tol=1e-4)
+    entropy = case.policy.entropy(case.policy(case.batch["obs"], *case.context(0))[0]).mean()
+    assert math.isclose(entropy.detach(), figures["entropy"], rel_tol=1e-5)
+    more, less = (case.gradients(case.loss(entropy_coef=c)[0]) for c in (1.0, 0.0))
+    for name, grad in case.gradients(-entropy).items():
         assert torch.allclose(more[name] - less[name], grad, atol=1e-5), name
 
 
 def test_the_gradient_is_clipped_by_its_global_norm():  # core 11
-    steps, figures = [], []
+    steps, norms = [], []
     for limit in (1e9, 0.01):
-        run = Run(max_grad_norm=limit, epochs=1, minibatches=1, schedule="constant")
-        before = parameters_to_vector(run.policy.parameters()).detach().clone()
-        figures.append(run.update(1.0, sgd=True))
-        steps.append(parameters_to_vector(run.policy.parameters()).detach() - before)
-    assert all(math.isclose(f[5], steps[0].norm(), rel_tol=1e-4) for f in figures) and steps[0].norm() > 1  # unclipped
+        case = Case(max_grad_norm=limit, epochs=1, minibatches=1, schedule="constant")
+        before = parameters_to_vector(case.policy.parameters()).detach().clone()
+        norms.append(case.update(1.0, sgd=True)["grad_norm"])
+        steps.append(parameters_to_vector(case.policy.parameters()).detach() - before)
+    assert norms == pytest.approx([float(steps[0].norm())] * 2, rel=1e-4) and steps[0].norm() > 1  # unclipped
     assert math.isclose(steps[1].norm(), 0.01, rel_tol=1e-3)
     assert torch.cosine_similarity(*steps, 0) > 1 - 1e-4
 
 
 @every_kind
 def test_the_figures_of_an_iteration(kind):  # core 12
-    run = Run(stagger=False, **kind)
-    figures = run.update(5e-3)
-    metrics = describe_iteration(run.batch, run.policy, torch.tensor(run.rate()), figures, run.args, ALONE)
-    returns, values = run.column(-2).double().numpy(), run.column(-1).double().numpy()
-    assert math.isclose(metrics["update/explained_variance"], 1 - np.var(returns - values) / np.var(returns), rel_tol=1e-3)
-    found = [metrics[f"rollout/{name}"] for name in ("return", "length", "episodes", "reward")]
-    ends = run.points.ends
-    assert found == pytest.approx([*np.mean(ends, 0), len(ends), float(run.store.reward.mean())], rel=1e-5)
-    assert metrics["update/first_ratio_error"] < 1e-5 < metrics["update/kl"]
-    assert run.update()[6] > 1e-3  # of the same batch: no longer 1
-    loss = metrics["update/policy_loss"] + run.args.value_coef * metrics["update/value_loss"]
-    assert math.isclose(metrics["update/loss"], loss - run.args.entropy_coef * metrics["update/entropy"], rel_tol=1e-5)
+    case = Case(stagger=False, **kind)
+    case.points.extras["log"] = {"share": torch.tensor(0.25), "many": torch.zeros(3)}
+    case.collect()
+    plan = plan_minibatches(case.store.units, 0, case.args, ALONE)
+    optimizer = torch.optim.Adam([flat_parameter(case.policy)], torch.tensor(5e-3), eps=1e-5, fused=True)
+    update(case.policy, optimizer, case.batch, case.store, plan, case.args, ALONE, case.log)
+    found = ppo_isaac.read(case.log, case.args)
+    returns, values = (case.column(name).double().numpy() for name in ("target", "value"))
+    assert math.isclose(found["update/explained_variance"], 1 - np.var(returns - values) / np.var(returns), rel_tol=1e-3)
+    ends = case.points.ends[-int(found["rollout/episodes"]) :]
+    assert [found[f"rollout/{name}"] for name in ("return", "length")] == pytest.approx(np.mean(ends, 0), rel=1e-5)
+    assert found["rollout/episodes"] == case.samples["start"][1:].sum() and found["task/share"] == 0.25
+    assert math.isclose(found["rollout/reward"], case.samples["reward"][:T].mean(), rel_tol=1e-5)
+    assert found["update/first_ratio_error"] < 1e-5 < found["update/kl"] and "task/many" not in found
+    assert case.update()["first_ratio_error"] > 1e-3  # of the same batch: no longer 1
+    loss = found["update/policy_loss"] + case.args.value_coef * found["update/value_loss"]
+    assert math.isclose(found["update/loss"], loss - case.args.entropy_coef * found["update/entropy"], rel_tol=1e-5)
+
+
+def test_a_first_ratio_that_is_not_one_stops_the_run(monkeypatch):
+    act = ActorCritic.act
+    monkeypatch.setattr(ActorCritic, "act", lambda self, obs, *more: act(self, obs + 0.1, *more))
+    with pytest.raises(SystemExit, match="ratio"):
+        trained(monkeypatch, iterations=2)
 
 
 # ---------------------------------------------------------------- distributions
 
 
 def policy_of(continuous: int = 0, choices: tuple[int, ...] = (), scale: float = 0.4) -> ActorCritic:
+    torch.manual_seed(0)
     return perturb(ActorCritic(Spaces((3,), (), continuous, choices), arguments(init_std=0.7)), scale)
 
 
@@ -497,7 +510,7 @@ def test_samples_have_the_probabilities_of_the_policy():
     action, _, _ = policy.act(obs.expand(n, -1), policy.noise(1, n, ALONE, 1, 2)[0])
     joint = torch.zeros(3, 2).index_put_(tuple(action.T), torch.ones(n), accumulate=True) / n
     first, second = (part.softmax(-1)[0].detach() for part in policy.actor.layers(obs).split((3, 2), -1))
-    assert (joint - first[:, None] * second).abs().max() < 0.01 < joint.min() and joint.std() > 0.03
+    assert (joint - first[:, None] * second).abs().max() < 0.01 < joint.min() and joint.std() > 0.02
     policy = policy_of(4)
     action, mean, _ = policy.act(obs.expand(n, -1), policy.noise(1, n, ALONE, 1, 2)[0])
     assert (action.mean(0) - mean[0]).abs().max() < 0.02
@@ -506,13 +519,13 @@ def test_samples_have_the_probabilities_of_the_policy():
 
 @every_kind
 def test_without_noise_the_likeliest_action_is_taken(kind):
-    run = Run(**kind)
-    state = (torch.randn(2, N, 6), torch.zeros(N, dtype=torch.bool)) if run.args.recurrent else ()
-    action, params, _ = run.policy.act(run.store.obs[-1], None, *state)
+    case = Case(**kind)
+    state = (torch.randn(2, N, 6), torch.zeros(N, dtype=torch.bool)) if case.args.recurrent else ()
+    action, params, _ = case.policy.act(case.samples["obs"][-1], None, *state)
     grid = [torch.tensor([i, j]).expand(N, 2) for i in range(3) for j in range(2)]
     others = grid if "space" in kind else [action + d for d in (0.01, -0.01, 1.0)]
-    best = torch.stack([run.policy.log_prob(params, other) for other in others]).amax(0)
-    assert (run.policy.log_prob(params, action) >= best - 1e-6).all()
+    best = torch.stack([case.policy.log_prob(params, other) for other in others]).amax(0)
+    assert (case.policy.log_prob(params, action) >= best - 1e-6).all()
 
 
 def test_noise_does_not_depend_on_the_split():
@@ -529,15 +542,17 @@ def test_noise_does_not_depend_on_the_split():
 
 @pytest.mark.parametrize("limit", [None, 0.5])
 def test_actions_are_clipped_only_on_their_way_into_the_environment(limit):  # continuous 5
-    run, bound = Run(clip_actions=limit), limit or 1.0
-    assert (run.store.action.abs() > bound).any()
-    assert torch.equal(torch.stack(run.points.received), run.store.action.clamp(-bound, bound))
-    expected = Normal(run.store.params, run.policy.log_std.detach().exp()).log_prob(run.store.action).sum(-1)
-    assert torch.allclose(run.column(-4), expected, rtol=1e-4, atol=1e-5)
+    case, bound = Case(clip_actions=limit), limit or 1.0
+    action, params = case.samples["action"][:T], case.samples["params"][:T]
+    assert (action.abs() > bound).any()
+    assert torch.equal(torch.stack(case.points.received), action.clamp(-bound, bound))
+    expected = Normal(params, case.policy.log_std.detach().exp()).log_prob(action).sum(-1)
+    assert torch.allclose(case.column("log_prob"), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_running_statistics_are_those_of_all_rows_and_normalised_rows_are_clipped():  # continuous 6, 7
-    rng, norm = np.random.default_rng(0), RunningNorm(3, 2.0)
+def test_running_statistics_are_those_of_all_rows_and_normalised_rows_are_clipped(monkeypatch):  # continuous 6, 7
+    monkeypatch.setattr(ppo_isaac, "CLIP", 2.0)
+    rng, norm = np.random.default_rng(0), RunningNorm(3)
     batches = [rng.normal((1000.0, 3.0, 0.0), (10.0, 0.2, 1e-4), (n, 5, 3)).astype(np.float32) for n in (3, 40, 7)]
     for x in batches:
         norm.update(torch.as_tensor(x), ALONE)
@@ -550,28 +565,30 @@ def test_running_statistics_are_those_of_all_rows_and_normalised_rows_are_clippe
 
 @pytest.mark.parametrize("critic", [False, True])
 def test_every_observation_counts_once_in_the_statistics_and_only_after_the_update(critic, monkeypatch):  # continuous 6, 7
-    run, metrics, seen = trained(monkeypatch, normalize_obs=True, critic=critic, iterations=3)
+    case, metrics, seen = trained(monkeypatch, normalize_obs=True, critic=critic, iterations=3)
     assert all(row["update/first_ratio_error"] < 1e-5 for row in metrics)
-    for name, norm in (("policy", run.policy.obs_norm), ("critic", run.policy.critic_norm))[: 1 + critic]:
+    for name, norm in (("policy", case.policy.obs_norm), ("critic", case.policy.critic_norm))[: 1 + critic]:
         rows = torch.cat([groups[name] for row in seen for groups in row["obs"]]).double()
         assert len(rows) == norm.moments[0, 0] == 3 * T * N
         assert torch.allclose(norm.shift.double(), rows.mean(0), atol=1e-5)
         assert torch.allclose(norm.scale.double(), 1 / (rows.std(0, unbiased=False) + 0.01), rtol=1e-4)
-    assert run.policy.obs_norm(torch.tensor([[1e6, -1e6, 0.0]]))[0, :2].tolist() == [10.0, -10.0]
+    assert case.policy.obs_norm(torch.tensor([[1e6, -1e6, 0.0]]))[0, :2].tolist() == [10.0, -10.0]
 
 
-def test_rewards_are_scaled_by_the_std_of_discounted_returns_which_start_anew_with_episodes():  # continuous 8, 9
-    run = Run(0, finite=True, normalize_returns=True, gamma=0.9, clip_rewards=0.5)
+def test_rewards_are_scaled_by_the_std_of_discounted_returns_which_start_anew_with_episodes(monkeypatch):  # continuous 8, 9
+    monkeypatch.setattr(ppo_isaac, "CLIP", 0.5)
+    case = Case(0, finite=True, normalize_returns=True, gamma=0.9)
     running, history = np.zeros(N), []
     for _ in range(2):
-        run.collect()
-        for reward, start in zip(run.store.reward.double().numpy(), run.store.starts.numpy()):
+        case.collect()
+        rewards = case.samples["reward"][:T].double().numpy()
+        for reward, start in zip(rewards, case.samples["start"].numpy()):
             running = np.where(start, 0.0, running) * 0.9 + reward
             history.append(running)
-        scaled = run.store.reward.double().numpy() / (np.std(history) + 0.01)
+        scaled = rewards / (np.std(history) + 0.01)
         assert 0.1 < np.mean(np.abs(scaled) > 0.5) < 0.9
-        last = run.store.terminated.numpy()  # such a step's return is its reward
-        assert last.sum() > 2 and np.allclose(run.column(-2).numpy()[last], scaled.clip(-0.5, 0.5)[last], atol=1e-5)
+        last = case.samples["terminated"][:T].numpy()  # such a step's return is its reward
+        assert last.sum() > 2 and np.allclose(case.column("target").numpy()[last], scaled.clip(-0.5, 0.5)[last], atol=1e-5)
 
 
 # ---------------------------------------------------------------- LSTM
@@ -579,9 +596,9 @@ def test_rewards_are_scaled_by_the_std_of_discounted_returns_which_start_anew_wi
 
 @torch.no_grad()
 def test_an_episode_begins_with_a_zero_state_and_other_steps_and_rollouts_with_the_one_before():  # LSTM 2, 3
-    run = Run(0, recurrent=True)
-    assert run.store.starts[-1].all() and all(state.abs().max() == 0 for state in run.store.states)
-    g, net = torch.Generator().manual_seed(0), run.policy.actor
+    case = Case(0, recurrent=True)
+    assert case.samples["start"][-1].all() and all(state.abs().max() == 0 for state in case.store.states)
+    g, net = torch.Generator().manual_seed(0), case.policy.actor
     x, state = torch.randn(T, N, 3, generator=g), torch.randn(2, N, 6, generator=g)
     starts = torch.rand(T, N, generator=g) < 0.2
     out, states = net(x, state, starts)
@@ -594,48 +611,32 @@ def test_an_episode_begins_with_a_zero_state_and_other_steps_and_rollouts_with_t
                 assert torch.allclose(net.layers(h[0]), out[t, n], atol=1e-6)
                 assert torch.allclose(states[t, :, n], h[:, 0], atol=1e-6)
     assert starts.sum() > 5
-    run.collect()
-    for own, obs, carried in zip((net, run.policy.critic), (run.store.obs, run.store.critic), run.store.states):
-        assert torch.allclose(own(obs[:T], torch.zeros(2, N, 6), run.store.starts[:T])[1][-1], carried, atol=1e-6)
+    case.collect()
+    for own, carried in zip((net, case.policy.critic), case.store.states):
+        found = own(case.samples["obs"][:T], torch.zeros(2, N, 6), case.samples["start"][:T])[1][-1]
+        assert torch.allclose(found, carried, atol=1e-6)
 
 
 @every_kind
 def test_the_ratio_is_one_on_every_sample_before_the_first_step(kind):  # LSTM 5
     """Over episode ends, after updates, with statistics that changed: the update rebuilds what the rollout saw."""
-    run = Run(0, normalize_obs=True, normalize_returns=True, **kind)
+    case = Case(0, normalize_obs=True, normalize_returns=True, **kind)
     for i in range(3):
-        run.collect()
-        sums = run.loss()[1]
-        assert sums[5] < 2e-6 and abs(sums[4]) < 1e-6 and run.store.starts[1:-1].any()
-        value = run.policy.value(run.batch.critic, *run.context(1))[0]
-        assert torch.allclose(value, run.batch.rest[..., -1], atol=1e-5)
-        if i and run.args.recurrent:  # and without its states it does not
-            zero = tuple(torch.zeros_like(state) for state in run.batch.states)
-            for wrong in ({"states": zero}, {"starts": torch.zeros_like(run.batch.starts)}):
-                assert run.loss(batch=run.batch._replace(**wrong))[1][5] > 1e-3
-        run.update(1e-2)
-        assert run.loss()[1][5] > 1e-3
-        run.policy.obs_norm.update(run.store.obs[:-1], ALONE)
+        case.collect()
+        figures = case.loss()[1]
+        assert figures["ratio_error"] < 2e-6 and abs(figures["kl"]) < 1e-6 and case.samples["start"][1:-1].any()
+        value = case.policy.value(case.critic_obs, *case.context(1))[0]
+        assert torch.allclose(value, case.batch["value"], atol=1e-5)
+        if i and case.args.recurrent:  # and without its states it does not
+            assert case.loss(states=[torch.zeros_like(state) for state in case.store.before])[1]["ratio_error"] > 1e-3
+            wrong = case.batch.clone().set("start", torch.zeros_like(case.batch["start"]))
+            assert case.loss(wrong)[1]["ratio_error"] > 1e-3
+        case.update(1e-2)
+        assert case.loss()[1]["ratio_error"] > 1e-3
+        case.store.finish(case.policy, case.args, ALONE)
 
 
-# ---------------------------------------------------------------- learning rate and early stop
-
-
-def parameters_after(epochs: int, stop_kl: float | None = None) -> tuple[Tensor, float]:
-    """Parameters and Adam's state after some of four epochs, and the KL summed over epochs."""
-    run = Run(schedule="constant", epochs=4, stop_kl=stop_kl)
-    figures = run.update(1e-2, epochs=epochs)
-    state = run.optimizer.state_dict()["state"][0]
-    flat = parameters_to_vector(run.policy.parameters()).detach()
-    return torch.cat([flat, state["exp_avg"], state["exp_avg_sq"], state["step"].view(1)]), float(figures[4]) * epochs
-
-
-def test_after_an_epoch_of_too_much_kl_nothing_changes_any_more():
-    (one, first), (two, both), (four, _) = (parameters_after(epochs) for epochs in (1, 2, 4))
-    assert both - first > first > 0
-    for stop_kl, expected in ((first / 2, one), (both / 2, two), (1e9, four)):
-        assert torch.equal(parameters_after(4, stop_kl)[0], expected)
-    assert not torch.equal(one, two) and not torch.equal(two, four)
+# ---------------------------------------------------------------- learning rate
 
 
 @pytest.mark.parametrize(
@@ -645,10 +646,10 @@ def test_after_an_epoch_of_too_much_kl_nothing_changes_any_more():
 def test_the_adaptive_learning_rate_follows_the_kl_within_bounds(target_kl, epochs, expected):
     """Two steps an epoch; at the first one of all there is no KL to go by."""
     if target_kl is None:  # that of the second step itself
-        target_kl = 2 * float(Run(epochs=1).update()[4])
-    run = Run(epochs=epochs, target_kl=target_kl)
-    run.update()
-    assert math.isclose(run.rate(), expected, rel_tol=1e-5)
+        target_kl = 2 * Case(epochs=1).update()["kl"]
+    case = Case(epochs=epochs, target_kl=target_kl)
+    case.update()
+    assert math.isclose(case.rate(), expected, rel_tol=1e-5)
 
 
 # ---------------------------------------------------------------- two processes
@@ -656,7 +657,7 @@ def test_the_adaptive_learning_rate_follows_the_kl_within_bounds(target_kl, epoc
 SPLIT = {
     "critic": {"critic": True},
     "lstm": {"recurrent": True, "minibatches": 3},
-    "stop": {"space": CHOICES, "stop_kl": 1e-4},
+    "choices": {"space": CHOICES},
     "rate": {"epochs": 1},
 }
 
@@ -665,17 +666,17 @@ def target_kl(name: str) -> float:
     """"rate": the KL of all ranks together is above twice of it, that of one rank's half is not."""
     if name != "rate":
         return 1e-4
-    kl = 2 * float(Run(2, target_kl=1e9, **SPLIT[name]).update(5e-3, sgd=True)[4])  # of the second of two steps
-    return kl / 2.2
+    return 2 * Case(2, target_kl=1e9, **SPLIT[name]).update(5e-3, sgd=True)["kl"] / 2.2  # of the second of two steps
 
 
-def updated(run: Run, ranks: Ranks) -> Tensor:
-    """Parameters after an update by SGD, figures summed over ranks, learning rate and running statistics."""
-    figures, norm = run.update(5e-3, sgd=True, ranks=ranks), RunningNorm(3, 10.0)
-    for rows in run.batch.obs.view(T, -1, 3).split(5):
+def updated(case: Case, ranks: Ranks) -> Tensor:
+    """Parameters after an update by SGD, its figures, learning rate and running statistics."""
+    figures, norm = case.update(5e-3, sgd=True, ranks=ranks), RunningNorm(3)
+    for rows in case.batch["obs"].view(T, -1, 3).split(5):
         norm.update(rows, ranks)
-    flat = parameters_to_vector(run.policy.parameters()).detach()
-    return torch.cat([flat, ranks.reduce(figures[:5].clone()), torch.tensor([run.rate()]), norm.shift, norm.scale])
+    figures.pop("first_ratio_error")
+    flat = parameters_to_vector(case.policy.parameters()).detach()
+    return torch.cat([flat, torch.tensor([*figures.values(), case.rate()]), norm.shift, norm.scale])
 
 
 def one_rank(rank: int, port: int, folder: str) -> None:
@@ -683,26 +684,25 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     ranks, half = Ranks.start("cpu"), slice(rank * N // 2, (rank + 1) * N // 2)
     for name, kind in SPLIT.items():
-        whole = torch.load(f"{folder}/{name}.pt")
-        run = Run(0, target_kl=whole.pop("target_kl"), **kind)
-        dims = 0 if run.args.recurrent else 1
-        rows = {key: whole[key].view(T, N, -1)[:, half].flatten(0, dims) for key in ("obs", "critic", "rest")}
-        states = whole["states"] and tuple(state[:, half] for state in whole["states"])
-        run.batch = ppo_isaac.Batch(**whole | rows | {"starts": whole["starts"][:, half], "states": states})
-        torch.save(updated(run, ranks), f"{folder}/{name}_{rank}.pt")
-    ranks.stop()
+        whole = torch.load(f"{folder}/{name}.pt", weights_only=False)
+        case = Case(0, target_kl=whole["target_kl"], **kind)
+        batch = whole["batch"].reshape(T, N)[:, half]
+        case.batch = batch.contiguous() if case.args.recurrent else batch.flatten(0, 1)
+        case.store.before, case.store.log_std = [state[:, half] for state in whole["before"]], whole["log_std"]
+        torch.save(updated(case, ranks), f"{folder}/{name}_{rank}.pt")
 
 
 def test_two_processes_make_the_same_update(tmp_path):
     expected = {}
     for name, kind in SPLIT.items():
-        run = Run(2, target_kl=target_kl(name), **kind)
-        torch.save({**run.batch._asdict(), "figures": {}, "target_kl": run.args.target_kl}, tmp_path / f"{name}.pt")
-        before = parameters_to_vector(run.policy.parameters()).detach().clone()
-        expected[name] = updated(run, ALONE)
+        case = Case(2, target_kl=target_kl(name), **kind)
+        about = {"batch": case.batch, "before": case.store.before, "log_std": case.store.log_std}
+        torch.save(about | {"target_kl": case.args.target_kl}, tmp_path / f"{name}.pt")
+        before = parameters_to_vector(case.policy.parameters()).detach().clone()
+        expected[name] = updated(case, ALONE)
         assert (expected[name][: len(before)] - before).abs().max() > 1e-3
         if name == "rate":
-            assert math.isclose(run.rate(), 5e-3 / 1.5, rel_tol=1e-5)
+            assert math.isclose(case.rate(), 5e-3 / 1.5, rel_tol=1e-5)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -721,58 +721,62 @@ def test_two_processes_make_the_same_update(tmp_path):
         assert torch.equal(*found) and torch.allclose(found[0], alone, rtol=1e-5, atol=1e-6), name
 
 
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- checkpoints and command line
 
 
 @every_kind
 def test_a_saved_policy_gives_the_same_outputs(kind, tmp_path):
-    run = Run(normalize_obs=True, hidden=(8, 4), activation="tanh", hide_obs=(1,), **kind)
-    run.update()
-    run.policy.obs_norm.update(run.store.obs[:-1], ALONE)
-    run.policy.save(tmp_path)
-    args = arguments(hidden=None, checkpoint=str(tmp_path))
+    case = Case(normalize_obs=True, hidden=(8, 4), activation="tanh", hide_obs=(1,), **kind)
+    case.update()
+    case.store.finish(case.policy, case.args, ALONE)
+    case.policy.save(tmp_path)
+    args = ppo_isaac.task_args(checkpoint=str(tmp_path))
     assert args.hidden == (8, 4) and args.activation == "tanh" and args.hide_obs == (1,) and args.normalize_obs
-    fresh = ActorCritic(run.env.spaces, args)
+    assert args.task == "Points"
+    fresh = ActorCritic(case.env.spaces, args)
 
     def outputs(policy: ActorCritic) -> Tensor:
         with torch.no_grad():
-            value = policy.value(run.batch.critic, *run.context(1))[0]
-            state = (run.batch.states[0], run.store.starts[-1]) if args.recurrent else ()
-            return torch.cat([policy.act(run.store.obs[-1], None, *state)[1].flatten(), value.flatten()])
+            value = policy.value(case.critic_obs, *case.context(1))[0]
+            state = (case.store.before[0], case.samples["start"][-1]) if args.recurrent else ()
+            return torch.cat([policy.act(case.samples["obs"][-1], None, *state)[1].flatten(), value.flatten()])
 
-    assert not torch.equal(outputs(fresh), outputs(run.policy))
-    fresh.load_state_dict(load_file(tmp_path / "policy.safetensors"))
-    assert torch.equal(outputs(fresh), outputs(run.policy))
+    assert not torch.equal(outputs(fresh), outputs(case.policy))
+    fresh.load(tmp_path)
+    assert torch.equal(outputs(fresh), outputs(case.policy))
 
 
-@pytest.mark.parametrize("hidden, given, expected", [((64, 8), None, 1), ((65, 8), None, 2), ((64, 8), "2", 2)])
-def test_small_networks_use_one_thread_unless_told_otherwise(hidden, given, expected, tmp_path, monkeypatch):
+def test_explicit_flags_go_before_those_of_the_task_the_checkpoint_and_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if given:
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
-    monkeypatch.setattr(ppo_isaac, "task_config", lambda *args: None)
-    monkeypatch.setattr(ppo_isaac, "make_env", lambda *args: contextlib.nullcontext(Run(0).env))
-    monkeypatch.setattr(ppo_isaac, "train", lambda *args: None)
-    torch.set_num_threads(2)
-    try:
-        ppo_isaac.main(Args(task="Points", device="cpu", track=False, hidden=hidden))
-        assert torch.get_num_threads() == expected
-    finally:
-        torch.set_num_threads(1)
+    assert parse([]) == dataclasses.replace(Args(**ppo_isaac.CARTPOLE), exp_name=parse([]).exp_name)
+    ant = parse("--task Isaac-Ant-Direct-v0 --num-steps 24".split())  # the default for any task, but asked for
+    assert ant.num_steps == 24 and ant.hidden == (400, 200, 100)
+    assert ant.exp_name.startswith("ppo_isaac__Isaac-Ant-Direct-v0__1__")
+    case = Case(hidden=(8, 4), init_std=0.5)
+    case.policy.save(tmp_path)
+    found = parse(f"--checkpoint {tmp_path} --init-std 1".split())
+    assert found.task == "Points" and found.hidden == (8, 4) and found.init_std == 1.0
+    (tmp_path / "runs/old/checkpoints/step_000001").mkdir(parents=True)
+    (tmp_path / "runs/old/checkpoints/step_000001/trainer_state.pt").touch()
+    (tmp_path / "runs/old/args.json").write_text(json.dumps({"args": vars(ant)}))
+    again = parse("--resume runs/old --iterations 1000 --num-steps 32".split())
+    assert again == dataclasses.replace(ant, resume="runs/old", exp_name="old", num_steps=32)
 
 
 @pytest.mark.parametrize("damage", [False, True])
 def test_weights_that_do_not_fit_are_refused(damage, tmp_path, monkeypatch):
     """Those of another task's spaces, or cut short."""
-    run, folder = Run(space=BOX if damage else CHOICES), tmp_path / "policy"
+    case, folder = Case(space=BOX if damage else CHOICES), tmp_path / "policy"
     folder.mkdir()
-    run.policy.save(folder)
+    case.policy.save(folder)
     if damage:
         file = folder / "policy.safetensors"
         file.write_bytes(file.read_bytes()[:300])
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(ppo_isaac, "known_task", lambda name: name)
     monkeypatch.setattr(ppo_isaac, "task_config", lambda *args: None)
-    monkeypatch.setattr(ppo_isaac, "make_env", lambda *args: contextlib.nullcontext(Run(0).env))
-    with pytest.raises(UsageError, match=f"^--checkpoint {folder}: does not fit"):
-        ppo_isaac.main(Args(task="Points", device="cpu", track=False, checkpoint=str(folder), evaluate=True))
+    monkeypatch.setattr(ppo_isaac, "make_env", lambda *args: contextlib.nullcontext(Case(0).env))
+    args = ppo_isaac.task_args(checkpoint=str(folder))
+    with pytest.raises(SystemExit, match=f"^--checkpoint {folder}: does not fit"):
+        ppo_isaac.main(dataclasses.replace(args, device="cpu", evaluate=True, exp_name="x"))
