@@ -560,7 +560,8 @@ def run_name(exp_name: str | None, *parts: Any, resume: str | None = None) -> st
         return name
     if not re.fullmatch(r"[\w.+=@-]+", exp_name) or not exp_name.strip("."):
         raise SystemExit(f"--exp-name {exp_name}: is the name of a folder under runs/: letters, digits and .+=@_- only")
-    if (Path("runs") / exp_name / "metrics.jsonl").exists():
+    metrics = Path("runs") / exp_name / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size:
         raise SystemExit(f"--exp-name {exp_name}: that run exists; take another name or --resume runs/{exp_name}")
     return exp_name
 
@@ -1076,7 +1077,7 @@ class Run:
             frames: uint8 (F, N, H, W, 3), a tensor or an array; enlarged by whole numbers until a tile is >= 128 px.
             success: (F, N) bool: an episode stands still, in a green frame, once it has succeeded.
             texts: N instructions; one that all share stands above all, else each above its own episode.
-            every: environment steps between frames.
+            every: environment steps before each frame.
         Raises ValueError for other shapes or types.
         """
         if not self.is_main:
@@ -1101,7 +1102,7 @@ class Run:
             canvas = Image.new("RGB", (columns * w, math.ceil(N / columns) * h + strip))
             pen = ImageDraw.Draw(canvas)
             shared = texts[0] if texts and not own else ""
-            pen.text((3, 1), f"step {f * every}   {shared}", fill=(255, 255, 255))
+            pen.text((3, 1), f"step {(f + 1) * every}   {shared}", fill=(255, 255, 255))
             for n in range(N):
                 tile = frames[min(f, first[n]), n].repeat(scale, 0).repeat(scale, 1)
                 border = np.ones(tile.shape[:2], bool)

@@ -104,7 +104,10 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.1, "fp8": 0.1}  # on |ratio - 1| before the
 def parse() -> Args:
     """The command line, over the settings of the run to resume or of a checkpoint's size."""
     args = tyro.cli(Args)
-    default = saved_args(args.resume, Args) if args.resume else FULL if is_full_size(args.checkpoint) else Args()
+    try:
+        default = saved_args(args.resume, Args) if args.resume else FULL if is_full_size(args.checkpoint) else Args()
+    except FileNotFoundError as error:
+        raise SystemExit(f"--checkpoint {error}") from error
     return check(tyro.cli(Args, default=default))
 
 
@@ -292,7 +295,7 @@ class Gr00tActor(Gr00tPolicy):
         if explore:
             drawn |= {"k": noise.integers(len(obs), self.steps), "eps": noise.normal(len(obs), *self.action_shape)}
         parts = TensorDict({**obs, **drawn}, len(obs)).split(self.micro_batch_size)
-        return torch.cat([self.denoise(part) for part in parts])
+        return torch.cat([self.denoise(part).clone() for part in parts])  # the next call of a CUDA graph overwrites its outputs
 
     def denoise(self, obs: TensorDict) -> TensorDict:
         """K denoising steps from obs["start"]; step obs["k"], where there is one, is stochastic, with noise obs["eps"]."""

@@ -126,7 +126,7 @@ def task_args(task: str | None = None, checkpoint: str | None = None) -> Args:
             saved = {name: tuple(x) if isinstance(x := found[name], list) else x for name in ("task", *NETWORK)}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"--checkpoint {checkpoint}: no policy of this script there ({error!r})") from error
-        if task and current_name(task) != saved["task"]:
+        if task and current_name(task) != current_name(saved["task"]):
             raise SystemExit(f"--checkpoint {checkpoint}: a policy for {saved['task']}, not for --task {task}")
     task = task or saved.get("task", Args.task)
     return Args(**{**TASKS.get(current_name(task), {}), **saved, "task": task, "checkpoint": checkpoint})
@@ -505,8 +505,10 @@ def make_batch(env: CameraEnv, policy: ActorCritic, store: Storage, args: Args, 
     final_values[timed_out] = policy(last)[1]
     learned, flags = reward.sign() if args.sign_rewards else reward, (terminated, truncated)
     advantage, target = gae(learned, value, *flags, final_values, policy(env.stack)[1], args.gamma, args.gae_lambda)
-    for name, x in zip(("return", "length", "episodes"), env.finished(reward, done)):
-        log.sum(f"rollout/{name}", x)
+    returns, lengths = env.episodes(reward, done)
+    log.mean("rollout/return", returns, where=done)
+    log.mean("rollout/length", lengths, where=done)
+    log.sum("rollout/episodes", done)
     log.mean("rollout/reward", reward)
     log.mean("rollout/value", value)
     log.mean("update/explained_variance", 1 - (target - value).var() / target.var().clamp(min=1e-12))
@@ -539,11 +541,12 @@ def ppo_loss(policy: ActorCritic, batch: TensorDict, states: list, old_log_std: 
     policy_loss, value_loss, entropy = -surrogate.sum() / size, 0.5 * error.sum() / size, policy.entropy(params)
     with torch.no_grad():
         kl = policy.kl(batch["params"], old_log_std, params)
-    log.mean("update/policy_loss", -surrogate)
-    log.mean("update/value_loss", 0.5 * error)
-    log.mean("update/entropy", entropy)
-    log.mean("update/clip_frac", ratio != clipped)
-    log.mean("update/kl", kl)
+        log.mean("update/loss", args.value_coef * 0.5 * error - surrogate - args.entropy_coef * entropy)
+        log.mean("update/policy_loss", -surrogate)
+        log.mean("update/value_loss", 0.5 * error)
+        log.mean("update/entropy", entropy)
+        log.mean("update/clip_frac", ratio != clipped)
+        log.mean("update/kl", kl)
     loss = policy_loss - args.entropy_coef * (entropy.sum() / size) + args.value_coef * value_loss
     return loss, kl.sum() / size, ratio.detach()
 
@@ -594,23 +597,16 @@ def update(
     log.max("update/action_std", policy.log_std.exp().sum() / max(len(policy.log_std), 1))
 
 
-def read(log: Metrics, args: Args) -> dict[str, float]:
-    """An iteration's figures."""
-    metrics = log.read()  # the one transfer to the host
-    total, length = metrics.pop("rollout/return"), metrics.pop("rollout/length")
-    if episodes := metrics["rollout/episodes"]:
-        metrics |= {"rollout/return": total / episodes, "rollout/length": length / episodes}
-    weighed = args.value_coef * metrics["update/value_loss"] - args.entropy_coef * metrics["update/entropy"]
-    return metrics | {"update/loss": metrics["update/policy_loss"] + weighed}
-
-
 def train(args: Args, env: VecEnv, policy: ActorCritic, run: Run, ranks: Ranks) -> None:
     """The whole run: iterate, evaluate, summarise."""
     rate = torch.tensor(args.learning_rate, device=args.device)  # on the device, where the adaptive schedule changes it
     optimizer = run.restore_optimizer(torch.optim.Adam([flat_parameter(policy)], rate, eps=1e-5, fused=True))
     rate = optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"].to(args.device)
     store, timer, result, latest = Storage(args, env), StageTimer(args.device), {}, None
-    begin, carried = run.state["iteration"], run.state.pop("carried", {ranks.rank: None})[ranks.rank]
+    begin, everywhere = run.state["iteration"], run.state.pop("carried", [None] * ranks.world)
+    if len(everywhere) != ranks.world or (everywhere[0] and everywhere[0]["running"].shape[1] != env.num_envs):
+        raise SystemExit(f"--resume {args.resume}: has other --num-envs or ranks; start a run with --checkpoint")
+    carried = everywhere[ranks.rank]
     for iteration in range(begin, args.iterations):
         if carried or iteration == 0:
             store.begin(env, args, iteration, carried)
@@ -623,7 +619,7 @@ def train(args: Args, env: VecEnv, policy: ActorCritic, run: Run, ranks: Ranks) 
             batch = make_batch(env, policy, store, args, ranks, log)
             update(policy, optimizer, batch, store, plan_minibatches(store.units, iteration, args, ranks), args, ranks, log)
             store.finish(policy, args, ranks)
-            metrics = read(log, args)
+            metrics = log.read()  # the one transfer to the host
         if iteration == 0 and metrics["update/first_ratio_error"] > (0.05 if args.mixed_precision else 1e-3):
             raise SystemExit(f"the first ratio is off 1 by {metrics['update/first_ratio_error']:.1e}: a bug in this script")
         last = iteration + 1 == args.iterations

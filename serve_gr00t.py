@@ -136,11 +136,7 @@ class ServedPolicy:
         return {kind: {"__ModalityConfig_class__": True, "as_json": json.dumps(c)} for kind, c in configs.items()}
 
     def read(self, data: Any) -> Request:
-        """Checks and converts the data of a get_action request.
-
-        Raises:
-            RequestError: keys, types or shapes are not those that the policy reads.
-        """
+        """Checks and converts the data of a get_action request; RequestError for keys, types or shapes that do not fit."""
         known = [*self.video, *self.state]
         if not isinstance(data, dict):
             raise RequestError(f"data: not a map with {', '.join(known)} and {LANGUAGE}")
@@ -205,11 +201,7 @@ class ServedPolicy:
         return self.processor.unnormalize_action(actions)
 
     def get_action(self, data: Any) -> dict[str, np.ndarray]:
-        """{"action.<key>": (horizon, d) or, of a batch, (B, horizon, d) fp32}.
-
-        Raises:
-            RequestError: see `read`.
-        """
+        """{"action.<key>": (horizon, d) or, of a batch, (B, horizon, d) fp32}."""
         request = self.read(data)
         actions = self.act(request).split(list(self.action.values()), -1)
         return {key: (x if request.batched else x[0]).cpu().numpy() for key, x in zip(self.action, actions)}
@@ -217,11 +209,7 @@ class ServedPolicy:
 
 # ======== protocol ====================================================================================================
 def unpack_array(key: str, value: Any) -> np.ndarray:
-    """The array of {"__ndarray_class__": true, "as_npy": bytes}.
-
-    Raises:
-        RequestError: it is something else; pickled objects are refused.
-    """
+    """The array of {"__ndarray_class__": true, "as_npy": bytes}; RequestError for anything else, pickled objects included."""
     if not isinstance(value, dict) or not isinstance(value.get("as_npy"), bytes):
         raise RequestError(f'{key}: not an array, {{"__ndarray_class__": true, "as_npy": bytes}}')
     try:

@@ -203,15 +203,15 @@ class Gr00tActor(Gr00tPolicy):
             args.checkpoint, args.embodiment_tag, task.texts(args.instruction), len(task.cameras), task.sizes, args.device,
             args.precision, task.bracketed, task.pad_prompt, None if args.evaluate else initial(args),
         )  # fmt: skip
-        self.tune = args.tune
-        self.net.backbone.requires_grad_(args.tune == "all")
+        self.trains_backbone = args.tune == "all"
+        self.net.backbone.requires_grad_(self.trains_backbone)
         self.chunk, self.steps, self.micro_batch_size = self.action_shape[0], args.denoise_steps, args.micro_batch_size
         self.accelerate(compiled=False, checkpointing=args.activation_checkpointing)
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks that gradients pass through."""
         backbone = self.net.backbone
-        own = [*backbone.language_model.layers, *backbone.vision_model.encoder.layers] if self.tune == "all" else []
+        own = [*backbone.language_model.layers, *backbone.vision_model.encoder.layers] if self.trains_backbone else []
         return [*super().blocks(), *own]
 
     @torch.no_grad()

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import StageTimer
-from gr00t_n1d5 import ActionContext, Gr00tN1d5, Gr00tProcessor
+from gr00t_n1d5.network import ActionContext, Gr00tN1d5
+from gr00t_n1d5.processor import Gr00tProcessor
 
 
 class Straightforward:

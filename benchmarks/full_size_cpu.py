@@ -33,7 +33,8 @@ def write(folder: Path) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, _public_name
+    from gr00t_n1d5.files import public_name
+    from gr00t_n1d5.network import Gr00tConfig, Gr00tN1d5
 
     with torch.device("meta"):
         model = Gr00tN1d5(Gr00tConfig())
@@ -52,7 +53,7 @@ def write(folder: Path) -> int:
         for name, shape in shard:
             scale = 0.02 if len(shape) > 1 else 0.1
             center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            tensors[_public_name(name)] = (center + scale * torch.randn(shape, generator=generator)).bfloat16()
+            tensors[public_name(name)] = (center + scale * torch.randn(shape, generator=generator)).bfloat16()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -63,7 +64,7 @@ def load(folder: Path, threads: int, copy: Path | None) -> dict:
     """Loads, acts once (one view, 4 denoising steps) and, with `copy`, saves; figures and actions."""
     import torch
 
-    from gr00t_n1d5 import Gr00tN1d5
+    from gr00t_n1d5.network import Gr00tN1d5
 
     torch.set_num_threads(threads)
     found, start = {"peak_imports": peak()}, time.perf_counter()

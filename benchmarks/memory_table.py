@@ -17,16 +17,18 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, memory_plan
+from gr00t_n1d5.network import Gr00tConfig, Gr00tN1d5
+from gr00t_n1d5.policy import plan_memory
 
 CARDS = {24: 22, 40: 37, 80: 75, 141: 132}  # GB of a card: the budget, the rest is for the simulator
 ADAPTERS = 17_700_000  # parameters that ppo_gr00t_lora.py trains by default, critic included (throughput.py --what predict)
 
 
-def make_policy(lora: bool) -> nn.Module:
-    """As the scripts hold it: backbone in bfloat16, one embodiment, head in fp32; without LoRA also the base head."""
+def make_policy(lora: bool, views: int) -> nn.Module:
+    """What the plan reads of a policy: backbone in bfloat16, one embodiment, head in fp32; without LoRA also the base head."""
     with torch.device("meta"):
         policy, config = nn.Module(), Gr00tConfig(num_embodiments=1)
+        policy.prompts = torch.empty(1, 19 + 263 * views)
         policy.net = Gr00tN1d5(config)
         if lora:
             policy.net.requires_grad_(False)
@@ -34,6 +36,7 @@ def make_policy(lora: bool) -> nn.Module:
         else:
             policy.base = Gr00tN1d5(config).action_head.requires_grad_(False)
     policy.net.backbone.bfloat16().requires_grad_(False)
+    policy.device, policy.views, policy.bf16, policy.trains_backbone = torch.device("cuda"), views, True, False
     return policy
 
 
@@ -41,17 +44,16 @@ def main() -> None:
     print("| script | views | chunks | environments | " + " | ".join(f"{card} GB" for card in CARDS) + " |")
     print("|---|---|---|---|" + "---|" * len(CARDS))
     for name in ("GRPO, PPO frozen", "LoRA on the head"):
-        policy = make_policy(lora=name.startswith("LoRA"))
         for views, chunks in ((1, 2), (1, 28), (2, 2), (2, 28)):
+            policy = make_policy(name.startswith("LoRA"), views)
             for envs in (64, 1024, 4096):
                 cells = []
                 for budget in CARDS.values():
-                    args = SimpleNamespace(
-                        device="cuda", feature_cache="gpu", backbone_bf16=True, activation_checkpointing=False,
-                        compile=False, micro_batch_size=128, max_memory_gb=budget,
-                    )  # fmt: skip
-                    _, remedy = memory_plan(args, policy, envs * chunks, 1, views, 19 + 263 * views)
-                    cells.append(remedy or f"{args.micro_batch_size} {args.feature_cache}")
+                    try:
+                        cache, micro, _ = plan_memory(policy, envs * chunks, "gpu", 128, budget, False, False)
+                        cells.append(f"{micro} {cache}")
+                    except SystemExit as error:
+                        cells.append(str(error))
                 print(f"| {name} | {views} | {chunks} | {envs} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -11,7 +11,7 @@ How it is measured
   no setting was chosen on. Intervals are Wilson's, 95%, of the seeds' episodes together; they share the starts, so the
   spread over seeds is given as well.
 - "Biggest drop": the largest fall between an evaluation and a later one of the same run.
-- Seconds are those of training with its evaluations, without the start of the simulator.
+- Seconds are those of training with its evaluations: without the start of the simulator, and what comes before and after.
 - With --jobs above 1 runs share the machine: seconds are then for a share of it.
 """
 
@@ -79,7 +79,7 @@ def command(args: Args, method: str, seed: int) -> list[str]:
     if "--evaluate" not in flags:
         same |= {"iterations": args.iterations, "eval-every": args.eval_every, "save-every": args.iterations}
     own = [x for name, value in same.items() for x in (f"--{name}", str(value))]
-    return [sys.executable, str(ROOT / script), *own, "--no-track", "--no-capture-video", *flags]
+    return [sys.executable, str(ROOT / script), *own, *flags]
 
 
 def run_all(args: Args, out: Path) -> None:
@@ -87,13 +87,14 @@ def run_all(args: Args, out: Path) -> None:
     todo = [(m, s) for s in args.seeds for m in args.methods if m != "sft" or s == args.seeds[0]]
     todo = [(m, s) for m, s in todo if not (out / "runs" / f"{m}-s{s}" / "summary.json").exists()]
     running: dict[subprocess.Popen, tuple[str, float, Path]] = {}
+    environment = os.environ | {"WANDB_MODE": "disabled"}
     while todo or running:
         while todo and len(running) < args.jobs:
             method, seed = todo.pop(0)
             shutil.rmtree(out / "runs" / f"{method}-s{seed}", ignore_errors=True)  # what was cut short
             log = out / f"{method}-s{seed}.log"
             with open(log, "w") as stream:
-                process = subprocess.Popen(command(args, method, seed), cwd=out, stdout=stream, stderr=stream)
+                process = subprocess.Popen(command(args, method, seed), cwd=out, env=environment, stdout=stream, stderr=stream)
             running[process] = (f"{method}-s{seed}", time.time(), log)
         time.sleep(0.5)
         for process in [p for p in running if p.poll() is not None]:
@@ -124,12 +125,13 @@ def load(folder: Path, method: str, seed: int) -> Run:
         return Run(method, seed, [0], [0], [summary["ode_success"]["mean"]], summary, math.nan)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluated = [row for row in rows if "eval/ode_success" in row]
+    begin = rows[0]["time/elapsed"] - sum(rows[0][f"time/{stage}"] for stage in ("env", "policy", "update"))
     explained = [row["update/explained_variance"] for row in rows[len(rows) // 2 :] if "update/explained_variance" in row]
     return Run(
         method,
         seed,
         [0.0, *(row["episodes"] for row in evaluated)],
-        [0.0, *(row["time/elapsed"] for row in evaluated)],
+        [0.0, *(row["time/elapsed"] - begin for row in evaluated)],
         [summary["ode_success_before"]["mean"], *(row["eval/ode_success"] for row in evaluated)],
         summary,
         statistics.fmean(explained) if explained else math.nan,
@@ -182,7 +184,7 @@ def table(runs: list[Run], args: Args) -> str:
             cells.append(spread([r.summary["kl_to_base"] for r in own], "{:.1f}"))
             explained = [r.explained for r in own if not math.isnan(r.explained)]
             cells.append(spread(explained, "{:.2f}") if explained else "")
-            cells.append(spread([r.summary["seconds"] for r in own], "{:.0f}"))
+            cells.append(spread([r.seconds[-1] for r in own], "{:.0f}"))
             cells.append(f"{max(r.summary['peak_memory_gb'] for r in own):.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -256,7 +258,6 @@ def main(args: Args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     saved = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items()}
     (out / "args.json").write_text(json.dumps(saved, indent=2))
-    os.environ.setdefault("WANDB_MODE", "offline")
     run_all(args, out)
     print(report(out))
 

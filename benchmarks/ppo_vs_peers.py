@@ -39,6 +39,7 @@ How it is measured
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -307,20 +308,16 @@ def plan_ppo_isaac(args: Args) -> Plan:
 
     settings = rsl_rl_settings(registered(args.task, "rsl_rl"))
     names, settings = list(settings), settings if args.same_settings else {}
-    ours = ppo_isaac.Args(
-        task=args.task,
+    ours = dataclasses.replace(
+        ppo_isaac.task_args(args.task),
         num_envs=args.num_envs,
         seed=args.seed,
         device=args.device,
         exp_name="run",
-        track=False,
-        capture_video=False,
         eval_episodes=0,
         save_every=10**9,
         **settings,
     )
-
-    ours = ppo_isaac.resolve(ours)
 
     def train(iterations: int) -> None:
         ours.iterations = iterations
@@ -659,7 +656,7 @@ def main(args: Args) -> None:
         sys.exit(f"--out-dir {folder}: holds runs already; take another one, or --report it")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "command.txt").write_text(shlex.join(["python", *sys.argv]) + "\n")
-    env = os.environ | ({"OMP_NUM_THREADS": str(args.threads)} if args.threads else {})
+    env = os.environ | {"WANDB_MODE": "disabled"} | ({"OMP_NUM_THREADS": str(args.threads)} if args.threads else {})
     libs = available(args.libs)
 
     def run(lib: str, seed: int, iterations: int, out: Path) -> None:

@@ -19,7 +19,8 @@ How it is measured
   multiplication and an addition are two) per second, over a measured product of two square bf16 matrices. fp8 rows
   are held against bf16, too.
 - update: the scripts' own `rollout` and `update`, with generated observations in the simulator's place; features kept
-  from the rollout or computed again, the head in fp32, in TF32 (the scripts' choice at full size), or in bf16.
+  from the rollout or computed again, the head in fp32, in TF32 (the scripts' choice at full size), in TF32 with the
+  scripts' --compile, or in bf16.
 - memory: the same at --memory-envs, under a cap of --memory-cap-gb, with several micro-batches and with what the scripts'
   own --max-memory-gb plans for that cap; updates are cut short.
 - newton: the embedded task in the real simulator, without a policy.
@@ -55,7 +56,7 @@ sys.path.insert(0, str(ROOT))
 
 What = Literal["predict", "rollout", "update", "memory", "newton"]
 Script = Literal["grpo_gr00t", "ppo_gr00t_frozen", "ppo_gr00t_lora"]
-Precision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["fp32", "tf32", "compiled", "bf16"]
 LEVERS: dict[str, str] = {
     "no-lm-head": "no logits",
     "bf16-weights": "bf16 from end to end instead of bf16 autocast",
@@ -63,7 +64,7 @@ LEVERS: dict[str, str] = {
     "one-embodiment": "one embodiment's row of the category-specific layers",
     "device-inputs": "images and states prepared on the device",
     "compile": "torch.compile of every transformer block",
-    "cuda-graph": "the head, encoding and denoising loop, as one CUDA graph",
+    "cuda-graph": 'the whole call by torch.compile(mode="reduce-overhead"), as --compile does with `Gr00tActor.denoise`',
     "fp8": "float8 products in the backbone's blocks, one scale per row",
 }
 Lever = Literal[*LEVERS]
@@ -81,7 +82,7 @@ class Args:
     batch_sizes: tuple[int, ...] | None = None  # observations per policy call (full: 64 256 1024 4096; tiny: 8 32)
     levers: tuple[Lever, ...] = tuple(LEVERS)  # what rollout adds to the straightforward path, in this order
     scripts: tuple[Script, ...] = ("grpo_gr00t", "ppo_gr00t_frozen", "ppo_gr00t_lora")  # of update and memory
-    precisions: tuple[Precision, ...] = ("fp32", "tf32", "bf16")  # of the head in update
+    precisions: tuple[Precision, ...] = ("fp32", "tf32", "compiled", "bf16")  # of the head in update
     update_envs: int | None = None  # environments of update (full: 64; tiny: 16), a whole episode of each
     memory_envs: int | None = None  # environments of memory and predict (full: 4096; tiny: 64)
     memory_cap_gb: float = 40.0  # GPU memory that memory may take
@@ -100,22 +101,15 @@ class Args:
 ARGS = tyro.cli(Args, description=__doc__) if __name__ == "__main__" else None
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baseline_path import Straightforward
-from common import (
-    CudaGraphs,
-    Ranks,
-    StageTimer,
-    UsageError,
-    _provenance,
-    atomic_write_text,
-    check_numbers,
-    peak_memory_gb,
-    pick_device,
-)
-from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, activation_bytes, tiny_tokenizer
+from common import Metrics, Ranks, StageTimer, atomic_write, check_positive, peak_memory_gb, pick_device, provenance
+from gr00t_n1d5.network import Gr00tConfig, Gr00tN1d5
+from gr00t_n1d5.policy import activation_bytes, plan_memory
+from gr00t_n1d5.processor import Gr00tProcessor, tiny_tokenizer
 
 ALONE = Ranks(0, 1)
 TAG = "new_embodiment"  # row 31 of the category-specific layers
@@ -124,15 +118,11 @@ WORDS = [f"word{i}" for i in range(TEXT)]
 STATE, ACTION = {"state": 5}, {"action": 4}  # sizes of the embedded task
 # dense rates of one H200 [TFLOP/s], to predict with: bf16 measured on one (8192^3), the others from NVIDIA's data sheet
 RATES = {"bf16": 790.0, "tf32": 494.0, "fp32": 67.0}
-FP8_RATE = 1979.0  # of the backbone with float8 products, where a lever or --backbone-fp8 asks for them
+FP8_RATE = 1979.0  # of the backbone with float8 products, where a lever or --precision fp8 asks for them
 
 
 def resolve(args: Args) -> Args:
-    """Fills in what was left open.
-
-    Raises:
-        UsageError: names the flag and the remedy.
-    """
+    """Fills in what was left open; refuses, in one line, what cannot work."""
     args = dataclasses.replace(args, device=pick_device(args.device))
     cuda = args.device.startswith("cuda")
     if args.all:
@@ -141,17 +131,17 @@ def resolve(args: Args) -> Args:
         args.size = "full" if cuda else "tiny"
     full = args.size == "full"
     if full and not cuda and set(args.what) & {"rollout", "update", "memory"}:
-        raise UsageError("--size full: needs a CUDA GPU here (10 GB of weights in fp32); use --size tiny or --what predict")
+        raise SystemExit("--size full: needs a CUDA GPU here (10 GB of weights in fp32); use --size tiny or --what predict")
     args.batch_sizes = args.batch_sizes or ((64, 256, 1024, 4096) if full else (8, 32))
     args.update_envs = args.update_envs or (64 if full else 16)
     args.newton_envs = args.newton_envs or (4096 if cuda else 64)
-    check_numbers(args, "update_envs memory_envs newton_envs memory_cap_gb repeats row_seconds minutes", "seed")
+    names = "update_envs memory_envs newton_envs memory_cap_gb repeats row_seconds minutes"
+    check_positive(**{name: getattr(args, name) for name in names.split()})
     for name in ("views", "batch_sizes", "newton_sizes"):
-        if not getattr(args, name) or min(getattr(args, name)) < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: needs numbers of 1 or more")
+        check_positive(**{name: min(getattr(args, name), default=0)})
     for name in ("update_envs", "memory_envs"):
         if (getattr(args, name) or 0) % 16:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a multiple of 16, GRPO's group")
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a multiple of 16, GRPO's group")
     return args
 
 
@@ -208,14 +198,16 @@ class Policy(Straightforward):
 
     def __init__(self, net: Gr00tN1d5, processor: Gr00tProcessor, input_ids: Tensor, dtype: torch.dtype, backend: str):
         super().__init__(net, processor, input_ids, autocast=dtype == torch.bfloat16)
-        self.backend, self.pulled, self.graph = backend, set(), CudaGraphs(self.plain_actions)
-        torch._dynamo.reset()  # another batch size would count as a recompilation
+        self.backend, self.pulled = backend, set()
+        self.graph = torch.compile(self.denoise, mode="reduce-overhead")
 
     def obstacle(self, lever: str) -> str:
         """Why a lever cannot be pulled here; "" if it can."""
         cuda = self.device.type == "cuda"
         if lever == "cuda-graph" and not cuda:
             return "needs a CUDA GPU"
+        if lever == "cuda-graph" and "device-inputs" not in self.pulled:
+            return "needs device-inputs"
         if lever == "fp8" and cuda and torch.cuda.get_device_capability(self.device) < (8, 9):
             return "needs a GPU with float8 (Ada, Hopper or later)"
         return ""
@@ -230,7 +222,6 @@ class Policy(Straightforward):
 
     def pull(self, lever: str) -> None:
         self.pulled.add(lever)
-        self.graph = CudaGraphs(self.plain_actions)
         if lever == "bf16-weights":
             self.autocast = False
         elif lever == "one-embodiment":
@@ -249,7 +240,17 @@ class Policy(Straightforward):
                 block._compiled_call_impl = None
         if lever in ("compile", "cuda-graph", "no-lm-head", "kv-once", "device-inputs"):
             self.pulled.discard(lever)
-        self.graph = CudaGraphs(self.plain_actions)
+
+    def __call__(self, images: Tensor, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        if "cuda-graph" not in self.pulled:
+            return super().__call__(images, state, noise)
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, self.autocast), self.timer("all"):
+            return self.graph(images, state, noise)
+
+    def denoise(self, images: Tensor, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The call without its timers, which a graph cannot hold."""
+        actions = self.actions(self.features(self.pixels(images)), self.state(state), noise)
+        return actions, self.processor.unnormalize_action(actions)
 
     def pixels(self, images: Tensor) -> Tensor:
         return self.processor.images(images) if "device-inputs" in self.pulled else super().pixels(images)
@@ -261,10 +262,6 @@ class Policy(Straightforward):
         return self.net.backbone(self.input_ids, pixels) if "no-lm-head" in self.pulled else super().features(pixels)
 
     def actions(self, features: Tensor, state: Tensor, noise: Tensor) -> Tensor:
-        call = self.graph if "cuda-graph" in self.pulled else self.plain_actions
-        return call(features, state, noise)
-
-    def plain_actions(self, features: Tensor, state: Tensor, noise: Tensor) -> Tensor:
         if "kv-once" not in self.pulled:
             return super().actions(features, state, noise)
         head = self.net.action_head
@@ -285,7 +282,7 @@ class Results:
             found = json.loads(file.read_text())
             for name in self.SAME:
                 if found["about"][name] != about[name]:
-                    raise UsageError(f"--out {folder}: made with {name} {found['about'][name]}; take another folder")
+                    raise SystemExit(f"--out {folder}: made with {name} {found['about'][name]}; take another folder")
             self.about, self.rows = found["about"], {self.name(row): row for row in found["rows"]}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -311,7 +308,7 @@ class Results:
         else:
             try:
                 status, figures = "ok", measure()
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # the scripts refuse with the latter
                 status = "out of memory" if out_of_memory(error) else "failed: " + " ".join(str(error).split())[:200]
                 with open(self.folder / "errors.log", "a") as log:
                     log.write(f"{name}\n{traceback.format_exc()}\n")
@@ -324,16 +321,17 @@ class Results:
     def save(self) -> None:
         rows = list(self.rows.values())
         text = json.dumps({"about": self.about, "rows": rows}, indent=1)
-        atomic_write_text(self.folder / "results.json", text)
-        atomic_write_text(self.folder / "table.md", table(self.about, rows))
+        for name, content in (("results.json", text), ("table.md", table(self.about, rows))):
+            atomic_write(self.folder / name, lambda tmp, content=content: tmp.write_text(content))
 
 
-def out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)  # the latter: a CPU's
 
 
 def clear_memory() -> None:
-    """For the next row; a CPU's has no pool to give back."""
+    """For the next row, to which what was compiled would count as recompilations; graphs hold memory, too."""
+    torch.compiler.reset()
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
@@ -477,63 +475,53 @@ def fail(error: Exception) -> dict:
 class GeneratedEnv:
     """What the GR00T scripts' `rollout` needs of their ChunkEnv: random images and states, every second episode succeeds."""
 
-    def __init__(self, script: Any, args: Any, config: Gr00tConfig, views: int):
-        self.task, self.kind, self.num_envs, self.dense = script.TASKS[args.task], script.Observation, args.num_envs, False
-        inputs = Inputs(config, make_processor(config), views, args.num_envs, args.device, args.seed)
-        self.images, self.states = inputs.images, inputs.state
-        self.steps, self.latest = self.task.horizon, None
-        self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=args.device)
+    def __init__(self, task: Any, args: Any, config: Gr00tConfig, views: int):
+        self.task, self.num_envs = task, args.num_envs
+        self.inputs = Inputs(config, make_processor(config), views, args.num_envs, args.device, args.seed)
 
-    def reset(self, seed: int, group_size: int = 1) -> Any:
-        self.success, self.steps = torch.zeros_like(self.success), 0
+    def reset(self, seed: int, group_size: int = 1) -> TensorDict:
+        self.steps, self.success = 0, torch.zeros_like(self.inputs.state[:, 0], dtype=torch.bool)  # (N,)
         return self.observe()
 
     @property
     def ended(self) -> Tensor:
         return self.success
 
-    def step_chunk(self, actions: Tensor, last: bool = False) -> Any:
+    def step_chunk(self, actions: Tensor, last: bool = False) -> TensorDict | None:
         self.steps += actions.shape[1]
-        if self.steps >= self.task.horizon:
+        if last:
             self.success = torch.arange(self.num_envs, device=self.success.device) % 2 == 1
         self.reward = self.success.float()
         return None if last else self.observe()
 
-    def observe(self) -> Any:
-        time = torch.full((self.num_envs, 1), self.steps / self.task.horizon, device=self.states.device)
-        every = {
-            "images": self.images,
-            "state": self.states,
-            "prompt": torch.zeros_like(self.success, dtype=torch.long),
-            "critic": torch.cat([self.states, time], 1),
-        }
-        self.latest = self.kind(**{name: x for name, x in every.items() if name in self.kind._fields})
-        return self.latest
+    def observe(self) -> TensorDict:
+        state, prompt = self.inputs.state, torch.zeros_like(self.success, dtype=torch.long)
+        critic = torch.cat([state, torch.full_like(state[:, :1], self.steps / self.task.horizon)], 1)
+        seen = {"images": self.inputs.images, "state": state, "prompt": prompt, "critic": critic}
+        return TensorDict(seen, self.num_envs)
 
 
-def make_actor(name: str, args: Args, config: Gr00tConfig, views: int, device: str, **flags: Any) -> tuple[Any, Any, Any]:
+def make_actor(name: str, args: Args, config: Gr00tConfig, views: int, **flags: Any) -> tuple[Any, Any, Any]:
     """A script, its arguments and its policy, with random weights in the place of a checkpoint.
 
     Args:
-        flags: of the script; the others are its defaults for a full-size checkpoint, with one epoch of one minibatch.
+        flags: of the script; the others are its settings for a full-size checkpoint, with one epoch of one minibatch.
     """
     script = importlib.import_module(name)
-    flags |= {"checkpoint": "random-weights", "device": args.device, "instruction": " ".join(WORDS), "seed": args.seed}
-    flags |= {"epochs": 1, "critic_epochs": 1, "minibatches": 1, "backbone_bf16": args.dtype == "bfloat16"}
-    known = {field.name for field in dataclasses.fields(script.Args)}
-    own = script.resolve(script.Args(**{key: value for key, value in flags.items() if key in known}))
-    own.device = device
+    flags = {"device": args.device, "instruction": " ".join(WORDS), "seed": args.seed, "epochs": 1, "minibatches": 1} | flags
+    flags |= {"checkpoint": "random-weights", "precision": "bf16" if args.dtype == "bfloat16" else "fp32"}
+    flags |= {"critic_epochs": 1} if hasattr(script.FULL, "critic_epochs") else {}
+    own = dataclasses.replace(script.FULL, **flags)
     task = dataclasses.replace(script.TASKS[own.task], cameras=("camera",) * views)
-    net, before = make_net(config, device, getattr(torch, args.dtype), args.seed), torch.get_float32_matmul_precision()
+    net = make_net(config, own.device, getattr(torch, args.dtype), args.seed)
+    before = torch.get_float32_matmul_precision()
     with (
         mock.patch.dict(script.TASKS, {own.task: task}),
         mock.patch.object(Gr00tN1d5, "from_pretrained", lambda *_: net),
         mock.patch.object(Gr00tProcessor, "from_pretrained", lambda *_: make_processor(config)),
     ):
-        policy = script.Gr00tActor(own) if hasattr(script, "Gr00tActor") else script.Gr00tActorCritic(own)
+        policy = script.Gr00tActor(own)
     torch.set_float32_matmul_precision(before)  # the scripts set their own; here `head_precision` does
-    if hasattr(policy, "unfreeze"):
-        policy.unfreeze(stage.name for stage in script.parse_schedule(own))
     return script, own, policy
 
 
@@ -541,7 +529,7 @@ def make_actor(name: str, args: Args, config: Gr00tConfig, views: int, device: s
 def head_precision(policy: nn.Module, precision: str, device: str) -> Iterator[None]:
     """Runs the head's matrix products in fp32, TF32 or bf16; weights, gradients and log-probabilities stay fp32."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.set_float32_matmul_precision("high" if precision in ("tf32", "compiled") else "highest")
     if precision == "bf16":
         for head in {policy.net.action_head, getattr(policy, "base_head", policy.net.action_head)}:
             for name in ("encode", "velocity"):  # each leaves autocast, which then forgets its copies of the weights
@@ -562,31 +550,36 @@ def measure_script(
         micro_batches: that an update takes at most.
         flags: of the script.
     """
-    script, own, policy = make_actor(name, args, config, views, args.device, **flags)
-    if getattr(own, "max_memory_gb", None):
-        script.check_memory(own, policy, ALONE)  # plans micro-batches and the features' place, as in `main`
+    script, own, policy = make_actor(name, args, config, views, compile=precision == "compiled", **flags)
+    env = GeneratedEnv(script.TASKS[own.task], own, config, views)
+    calls = own.num_envs * (env.task.horizon // policy.chunk)
+    if own.max_memory_gb:
+        own.feature_cache, own.micro_batch_size, _ = plan_memory(
+            policy, calls, own.feature_cache, own.micro_batch_size, own.max_memory_gb, own.activation_checkpointing, own.compile
+        )
+        policy.micro_batch_size = own.micro_batch_size
     limit = micro_batches and micro_batches * own.micro_batch_size
-    env = GeneratedEnv(script, own, config, views)
     critic = list(policy.critic.parameters()) if hasattr(policy, "critic") else []
     optimizer = torch.optim.AdamW([*policy.trainable(), *critic], own.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     moving = (True,) if critic else ()
-    seconds, ratios = [], []
+    timer, seconds, ratios = StageTimer(args.device), [], []
     reset_peak(args.device)
     with head_precision(policy, precision, args.device):
         for i in range(rounds + 1):
-            timer = StageTimer(args.device)
-            batch = script.rollout(env, policy, own, i, ALONE, timer)  # the last one is alive until here, as in `train`
-            plan = script.plan_minibatches(batch, own, i, ALONE, *moving)
-            plan = [(rows[:limit], *rest) for rows, *rest in plan]
+            log = Metrics(args.device, ALONE)
+            samples = script.rollout(env, policy, own, i, ALONE, timer)
+            keep = script.advantages(samples, env.success, own, ALONE, log)
+            plan = [(rows[:limit], *rest) for rows, *rest in script.plan_minibatches(keep, own, i, ALONE, *moving)]
             with timer("update"):
-                _, extremes = script.update(policy, optimizer, batch, plan, own, ALONE)
+                script.update(policy, optimizer, samples, plan, own, ALONE, log)
             seconds.append(timer.seconds())
-            ratios.append(float(extremes["first_ratio_error"]))
-    samples, calls = sum(len(rows) for rows, *_ in plan), own.num_envs * policy.rollout_chunks
+            ratios.append(log.read()["update/first_ratio_error"])
+            del samples  # as `train` does
+    learned = sum(len(rows) for rows, *_ in plan)
     update = spread([s["update"] for s in seconds[1:]])
     return update | {
-        "samples": samples,
-        "samples_per_s": samples / update["seconds"],
+        "samples": learned,
+        "samples_per_s": learned / update["seconds"],
         "observations_per_s": calls / statistics.median(s["policy"] for s in seconds[1:]),
         "peak_gb": peak_memory_gb(args.device),
         "ratio_error": max(ratios),
@@ -602,7 +595,7 @@ def update_rows(args: Args, results: Results, config: Gr00tConfig, views: int) -
                 key = {"what": "update", "script": name, "views": views, "envs": args.update_envs, "head": precision}
                 flags = {"num_envs": args.update_envs, "feature_cache": cache}
                 measure = functools.partial(measure_script, name, args, config, views, precision, 3, None, **flags)
-                obstacle = "needs a CUDA GPU" if precision == "tf32" and args.device == "cpu" else ""
+                obstacle = "needs a CUDA GPU" if precision in ("tf32", "compiled") and args.device == "cpu" else ""
                 results.run(key | {"cache": cache}, measure, obstacle)
 
 
@@ -659,9 +652,9 @@ def predict_cost(config: Gr00tConfig, views: int) -> dict:
 def predict_memory(name: str, args: Args, config: Gr00tConfig, views: int) -> dict:
     """Bytes of a script at --memory-envs, of its own policy on the meta device; activations are an estimate [GB]."""
     config = dataclasses.replace(config, num_embodiments=1)  # the others' rows stay on the host
-    envs = args.memory_envs or 4096
-    _, own, policy = make_actor(name, dataclasses.replace(args, dtype="bfloat16"), config, views, "meta", num_envs=envs)
-    length, samples = policy.prompts.shape[1], envs * policy.rollout_chunks
+    envs, args = args.memory_envs or 4096, dataclasses.replace(args, dtype="bfloat16")
+    script, own, policy = make_actor(name, args, config, views, device="meta", num_envs=envs)
+    length, samples = policy.prompts.shape[1], envs * (script.TASKS[own.task].horizon // policy.chunk)
     trained = [*policy.trainable(), *(policy.critic.parameters() if hasattr(policy, "critic") else ())]
     sample = {checkpointing: activation_bytes(config, length, views, False, checkpointing) for checkpointing in (False, True)}
     found = {
@@ -761,7 +754,7 @@ def table(about: dict, rows: list[dict]) -> str:
         return f"{1e3 * row['seconds']:.4g} ({1e3 * row['range'][0]:.4g} to {1e3 * row['range'][1]:.4g})"
 
     def stages(row: dict) -> str:
-        return " / ".join(f"{row['stage_ms'][name]:.3g}" for name in ("inputs", "backbone", "head"))
+        return " / ".join(f"{ms:.3g}" for ms in row["stage_ms"].values())
 
     def gb(*names: str) -> Callable[[dict], str]:
         return lambda row: " / ".join(f"{row['gb'][name]:.2f}" for name in names)
@@ -894,7 +887,7 @@ def main(args: Args) -> Results:
     """Measures what is asked for."""
     args = resolve(args)
     folder = args.out or ROOT / "runs" / "throughput" / time.strftime("%Y%m%d-%H%M%S")
-    about = _provenance(Path(__file__), args.device)
+    about = provenance(ROOT, args.device)
     about |= {"torch": torch.__version__, "size": args.size, "dtype": args.dtype, "memory_cap_gb": args.memory_cap_gb}
     about |= {"weights": "random", "observations": "generated"}
     results = Results(folder, about, args.minutes)
@@ -922,10 +915,7 @@ def main(args: Args) -> Results:
 
 
 if __name__ == "__main__":
-    try:
-        if ARGS.worker:
-            newton_worker(resolve(ARGS), ARGS.worker)
-        else:
-            sys.exit(any(row["status"].startswith("failed") for row in main(ARGS).rows.values()))
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    if ARGS.worker:
+        newton_worker(resolve(ARGS), ARGS.worker)
+    else:
+        sys.exit(any(row["status"].startswith("failed") for row in main(ARGS).rows.values()))

@@ -111,13 +111,21 @@ def read_json(file: Path) -> dict:
     return content
 
 
-def resolve_folder(path: str | Path, local_files_only: bool = False) -> Path:
-    """A local folder as it is; any other owner/name is taken for a hub id."""
+def local_folder(path: str | Path) -> Path | None:
+    """A local folder, or None for what can be a hub id: owner/name. Raises FileNotFoundError for anything else."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists() or folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", ".."):
+    if folder.exists() or folder.is_absolute() or len(folder.parts) != 2 or folder.parts[0] in (".", "..", "runs"):
         raise FileNotFoundError(f"{path}: no such folder")
+    return None
+
+
+def resolve_folder(path: str | Path, local_files_only: bool = False) -> Path:
+    """A local folder as it is; any other owner/name is taken for a hub id, and fetched."""
+    folder = local_folder(path)
+    if folder is not None:
+        return folder
     from huggingface_hub import snapshot_download  # slow to import
 
     try:
@@ -132,8 +140,9 @@ def resolve_folder(path: str | Path, local_files_only: bool = False) -> Path:
 
 
 def is_full_size(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint has the full network (a hub id is taken to)."""
+    """Whether a checkpoint has the full network (a hub id is taken to). Raises FileNotFoundError as `local_folder` does."""
+    folder = local_folder(checkpoint)
     try:
-        return json.loads((Path(checkpoint) / "config.json").read_text())["action_head_cfg"]["hidden_size"] >= 512
-    except (OSError, ValueError, KeyError):
-        return True
+        return folder is None or read_json(folder / "config.json")["action_head_cfg"]["hidden_size"] >= 512
+    except (ValueError, KeyError, TypeError):
+        return True  # refused in words where it is loaded

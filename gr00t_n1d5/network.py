@@ -281,31 +281,10 @@ class Backbone(nn.Module):
         return self.language_model.norm(x)
 
     def to_fp8(self) -> None:
-        """Computes the linear layers of all blocks in float8 from now on, which they have to be frozen for.
-
-        The first call measures what that changes: `fp8_error` is then the norm of the features' difference over theirs.
-        """
-        rounding = []
+        """Computes the linear layers of all blocks in float8 from now on, which they have to be frozen for."""
         for name, module in list(self.named_modules()):
             if ".layers." in name and type(module) is nn.Linear and not any(n % 16 for n in module.weight.shape):
-                rounding.append(Fp8Linear(module))
-                self.set_submodule(name, rounding[-1])
-
-        def measure(module: nn.Module, inputs: tuple, found: Tensor) -> None:
-            handle.remove()
-            for layer in rounding:
-                layer.exact = True
-            with torch.no_grad():
-                expected = self(*inputs)
-            for layer in rounding:
-                layer.exact = False
-            self.fp8_error = (found - expected).float().norm() / expected.float().norm()
-
-        handle = self.register_forward_hook(measure)
-
-    def fp8_report(self) -> str:
-        """A line for the log, after the first call; waits for the device."""
-        return f"float8 backbone: features differ by {float(self.fp8_error):.2%} of their norm"
+                self.set_submodule(name, Fp8Linear(module))
 
     def _apply(self, fn, recurse=True):
         # .to(bfloat16) would round the rotary frequencies, and leaving the meta device would leave them uninitialised.
@@ -333,7 +312,7 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight, self.bias, self.exact = linear.weight, linear.bias, False
+        self.weight, self.bias = linear.weight, linear.bias
         rounded, scale = self.quantize(linear.weight.detach())
         self.register_buffer("rounded", rounded, persistent=False)  # (N, K) e4m3
         self.register_buffer("scale", scale.t().contiguous(), persistent=False)  # (1, N)
@@ -345,8 +324,6 @@ class Fp8Linear(nn.Module):
         return (x.float() / scale).clamp(-cls.LARGEST, cls.LARGEST).to(torch.float8_e4m3fn), scale
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.exact:
-            return F.linear(x, self.weight, self.bias)
         rows, scale = self.quantize(x.reshape(-1, x.shape[-1]))
         if x.is_cuda:  # scales per row come with bf16 outputs alone
             y = torch._scaled_mm(rows, self.rounded.t(), scale, self.scale, out_dtype=torch.bfloat16, use_fast_accum=True)

@@ -292,13 +292,13 @@ class VecEnv:
             self.final, final = new, self.read(new)[1]
         return *self.read(groups), reward, terminated, truncated, final
 
-    def finished(self, rewards: Tensor, done: Tensor) -> Tensor:
-        """(3,): summed return and length of the episodes that ended within a rollout (T, N), and their number."""
-        ending = done.flip(0).cummax(0).values.flip(0)  # (T, N) whether the step belongs to an episode that ended
-        both = torch.stack([rewards, torch.ones_like(rewards)])  # (2, T, N)
-        sums = (both * ending).sum((1, 2)) + (self.running * ending[0]).sum(1)
-        self.running = self.running * ~ending[0] + (both * ~ending).sum(1)
-        return torch.cat([sums, done.sum()[None]])
+    def episodes(self, rewards: Tensor, done: Tensor) -> Tensor:
+        """Return and length of the running episodes after each step of a rollout: (T, N), (T, N) -> (2, T, N)."""
+        after = []
+        for reward, end in zip(rewards, done):
+            after.append(self.running + torch.stack([reward, torch.ones_like(reward)]))
+            self.running = after[-1] * ~end
+        return torch.stack(after, 1)
 
 
 @contextlib.contextmanager

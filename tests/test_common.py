@@ -26,6 +26,7 @@ import common
 from common import Metrics, Ranks, Run
 
 torch.set_num_threads(1)
+torch.ones((), requires_grad=True).backward()  # after torch.compile a first one starts threads: no fork then
 TRITON_CHILD = os.environ.get("COMMON_TEST_TRITON") == "1"  # the interpreter run of this file, see the last tests
 BACKENDS = ["triton"] if TRITON_CHILD else ["torch"]
 if torch.cuda.is_available() and not TRITON_CHILD:

@@ -7,6 +7,7 @@ simulator per process.
 import dataclasses
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import gr00t_tasks
-from common import UsageError
-from gr00t_tasks import TASKS, task_config, write_random
+from benchmarks.random_checkpoint import write_random
+from tasks.gr00t import TASKS, check_columns, task_config
 
 STACK = "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor"
 RUNS = {  # row: the script that trains on it, its flags
@@ -51,7 +51,7 @@ def groups(env, group_reset) -> dict:
     actions = torch.rand(N // GROUP, 4, env.env.action_manager.total_action_dim) * 2 - 1
     for moment in ("reset", "chunk"):
         state = physics_state(env)
-        alike = [torch.equal(x[0::2], x[1::2]) for x in (state, obs.state, obs.images)]
+        alike = [torch.equal(x[0::2], x[1::2]) for x in (state, obs["state"], obs["images"])]
         found[moment] = all(alike) and not torch.equal(state[0], state[2])
         if moment == "reset":
             obs = env.step_chunk(actions.repeat_interleave(GROUP, 0))
@@ -74,7 +74,7 @@ def renders(env) -> list[int]:
     return found
 
 
-def freshness(env, module) -> dict:
+def freshness(env) -> dict:
     """How far the proprioception is from the hand's true place [m], and whether the wrist's camera goes with it."""
     import torch
 
@@ -87,7 +87,7 @@ def freshness(env, module) -> dict:
         from isaaclab.utils.math import quat_apply
 
         grasp = position + quat_apply(rotation, torch.tensor([0.0, 0.0, 0.1034]).expand(N, 3))
-        found[moment] = (obs.state[:, :3] - grasp).norm(dim=1).max().item()
+        found[moment] = (obs["state"][:, :3] - grasp).norm(dim=1).max().item()
         camera = env.env.scene.sensors["wrist_cam"].data.pos_w.torch - position
         found[f"camera {moment}"] = abs(camera.norm(dim=1) - (0.13**2 + 0.15**2) ** 0.5).max().item()
     return found
@@ -154,121 +154,85 @@ def ends(env, name: str) -> list[list[bool]]:
 
 
 def check(name: str, script: str, folder: Path) -> dict:
-    from common import Ranks, start_logger
+    from common import Ranks, Run
 
+    os.chdir(folder)
+    os.environ["WANDB_MODE"] = "disabled"
     TASKS[name] = dataclasses.replace(TASKS[name], horizon=STEPS)
     write_random(name, folder / "checkpoint")
     module, (_, flags), ranks = importlib.import_module(script), RUNS[name], Ranks(0, 1)
-    if script == "grpo_gr00t":
-        flags = {**flags, "group_size": GROUP}
-    args = module.Args(
-        task=name, checkpoint=str(folder / "checkpoint"), device="cpu", num_envs=N, iterations=1, eval_episodes=N,
-        track=False, exp_name="run", **flags,
+    grpo = {"group_size": GROUP} if script == "grpo_gr00t" else {"critic_warmup": 0}
+    args = module.check(
+        module.Args(
+            task=name, checkpoint=str(folder / "checkpoint"), device="cpu", num_envs=N, iterations=1, eval_episodes=N,
+            exp_name="run", **flags, **grpo,
+        )
     )  # fmt: skip
-    args = module.resolve(args)
-    policy = (module.Gr00tActor if script == "grpo_gr00t" else module.Gr00tActorCritic)(args)
-    logger = start_logger(args, folder / "run", str(ROOT / f"{script}.py"), [], None, ranks)
-    logger.listen("gr00t_tasks")
-    with module.make_env(args, policy.processor.camera_size, folder / "run", ranks) as env:
-        found = {"state": list(env.reset(1).state.shape), "images": list(env.reset(1).images.shape)}
+    policy = module.Gr00tActor(args)
+    with (
+        Run(vars(args), str(ROOT / f"{script}.py"), ranks, "run", 1, "cpu") as run,
+        module.make_env(args, policy.camera_size, run.dir, ranks) as env,
+    ):
+        obs = env.reset(1)
+        found = {"state": list(obs["state"].shape), "images": list(obs["images"].shape)}
         if script == "grpo_gr00t":
             found["groups"] = groups(env, lambda seed: env.reset(seed, GROUP))
         found["renders"], found["ends"] = renders(env), ends(env, name)
         if "wrist_cam" in TASKS[name].cameras:
-            found["freshness"] = freshness(env, module)
-        module.train(args, env, policy, logger, ranks, None)
-    logger.close()
-    found["log"] = (folder / "run" / "log.txt").read_text()
+            found["freshness"] = freshness(env)
+        module.train(args, env, policy, run, ranks)
+    found["log"] = (run.dir / "log.txt").read_text()
     return found
 
 
-@pytest.fixture(scope="module")
-def checked(tmp_path_factory):
-    """What `check` found of a row, from a process of its own."""
-    found = {}
-
-    def of(name: str) -> dict:
-        if name not in found:
-            folder = tmp_path_factory.mktemp("row")
-            script = RUNS[name][0]
-            run = subprocess.run(
-                [sys.executable, __file__, name, script, str(folder)], cwd=folder, capture_output=True, text=True
-            )
-            assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-            found[name] = json.loads((folder / "found.json").read_text()) | {"folder": folder}
-        return found[name]
-
-    return of
+SWITCHED_OFF = {
+    STACK: ("randomize_light", "randomize_table_visual_material", "randomize_robot_arm_visual_texture"),
+    "Isaac-Open-Drawer-Franka": ("robot_physics_material",),
+}
 
 
-every_row = pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_row_in_the_simulator(name, tmp_path):
+    """In a process of its own: shapes, groups, cameras, success and failure, and an iteration of training."""
+    command, task = [sys.executable, __file__, name, RUNS[name][0], str(tmp_path)], TASKS[name]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    found = json.loads((tmp_path / "found.json").read_text())
 
-
-@every_row
-def test_shapes(name, checked):
-    task, found = TASKS[name], checked(name)
-    assert found["state"] == [N, sum(task.state.values())]
-    assert found["images"][:2] == [N, len(task.cameras)]
-    if task.cameras:
-        assert found["images"][2:] == [task.image_size or 64] * 2 + [3]
-
-
-@pytest.mark.parametrize("name", [name for name, (script, _) in RUNS.items() if script == "grpo_gr00t"])
-def test_members_of_a_group_stay_alike(name, checked):
-    assert checked(name)["groups"] == {"reset": True, "chunk": True}
-
-
-@every_row
-def test_cameras_render_when_they_are_read(name, checked):
-    assert checked(name)["renders"] == [0, len(TASKS[name].cameras)]
-
-
-@every_row
-def test_success_and_failure(name, checked):
-    expected = [[False, False], [True, False]]  # before and after what the task asks for
+    assert found["state"] == [N, task.sizes["state"]] and found["images"][:2] == [N, len(task.cameras)]
+    assert not task.cameras or found["images"][2:] == [task.image_size or 64] * 2 + [3]
+    assert found["renders"] == [0, len(task.cameras)]  # at the end of a chunk, where it is looked at
+    assert found.get("groups", {}) == ({"reset": True, "chunk": True} if RUNS[name][0] == "grpo_gr00t" else {})
+    expected = [[False, False], [True, False]]  # (success, failure) before and after what the task asks for
     if "Stack" in name:
         expected = [[True, False], [True, False], [False, True]]
     if "Humanoid" in name:
         expected = [[True, False], [False, True]]
-    assert checked(name)["ends"] == expected
+    assert found["ends"] == expected
+    if "wrist_cam" in task.cameras:  # proprioception and camera are those of the state, right after a reset, too
+        tolerance = 4e-3 if name.startswith("RLinf") else 1e-5  # which is rounded to bfloat16
+        assert found["freshness"]["reset"] < tolerance and found["freshness"]["chunk"] < tolerance
+        assert found["freshness"]["camera reset"] < 1e-4 and found["freshness"]["camera chunk"] < 1e-4
+    assert all(event in found["log"] for event in SWITCHED_OFF.get(name, ()))
 
-
-@pytest.mark.parametrize("name", [name for name in RUNS if "wrist_cam" in TASKS[name].cameras])
-def test_proprioception_and_wrist_camera_are_those_of_the_state(name, checked):
-    """Right after a reset, too. RLinf's row is rounded to bfloat16."""
-    found = checked(name)["freshness"]
-    tolerance = 4e-3 if name.startswith("RLinf") else 1e-5
-    assert found["reset"] < tolerance and found["chunk"] < tolerance
-    assert found["camera reset"] < 1e-4 and found["camera chunk"] < 1e-4
-
-
-@every_row
-def test_an_iteration_of_training(name, checked):
-    folder = checked(name)["folder"]
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 1 and rows[0]["env_steps"] == N * STEPS
-    summary = json.loads((folder / "run" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
     assert summary["task"] == name and summary["ode_success_after"]["episodes"] == N
-
-
-def test_what_is_switched_off_is_said(checked):
-    log = checked(STACK)["log"]
-    for event in ("randomize_light", "randomize_table_visual_material", "randomize_robot_arm_visual_texture"):
-        assert event in log
-    assert "robot_physics_material" in checked("Isaac-Open-Drawer-Franka")["log"]
 
 
 # ---------------------------------------------------------------- without a simulator
 
 
-def arguments(task: str, **flags) -> SimpleNamespace:
-    return SimpleNamespace(**{"task": task, "device": "cpu", "physics": None, "renderer": None, "reward": "sparse", **flags})
+def config(task: str, num_envs: int = 2, image_size: int = 64, dense: bool = False):
+    return task_config(task, "cpu", num_envs, image_size, None, None, dense)
 
 
 def refused(monkeypatch, **changes) -> str:
     monkeypatch.setitem(TASKS, "mine", dataclasses.replace(TASKS["Isaac-Open-Drawer-Franka"], **changes))
-    with pytest.raises(UsageError) as error:
-        task_config(arguments("mine"), 2, 64)
+    with pytest.raises(SystemExit) as error:
+        config("mine")
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -283,24 +247,25 @@ def test_rows_that_do_not_fit_are_refused(monkeypatch):
 
 
 def test_dense_reward_of_a_task_without_rewards():
-    with pytest.raises(UsageError, match="^--reward dense: .* has no rewards; use --reward sparse$"):
-        task_config(arguments(STACK, reward="dense"), 2, 64)
+    with pytest.raises(SystemExit, match="^--reward dense: .* has no rewards; use --reward sparse$"):
+        config(STACK, dense=True)
+    assert config(STACK).rewards == {} and vars(config("Tabletop-Lift-Cube-v0", dense=True).rewards)
 
 
 def test_images_are_not_observed_and_cameras_look_as_asked():
-    cfg = task_config(arguments(STACK), 2, 100)
+    cfg = config(STACK, image_size=100)
     terms = {name for group in cfg.observations.values() for name, term in vars(group).items() if hasattr(term, "func")}
     assert terms == {"eef_pos", "eef_quat", "gripper_pos", "object"}
     assert cfg.scene.wrist_cam.width == cfg.scene.table_cam.height == 100 and cfg.scene.num_envs == 2
-    assert task_config(arguments("RLinf-Stack-Cube"), 2, 100).scene.wrist_cam.width == 256
+    assert config("RLinf-Stack-Cube", image_size=100).scene.wrist_cam.width == 256
 
 
 def test_the_lift_row_has_one_shape_for_all_members_of_a_group(monkeypatch):
     """The task itself spawns another shape in each environment."""
     row = TASKS["Isaac-Lift-Franka"]
-    assert type(task_config(arguments("Isaac-Lift-Franka"), 2, 64).scene.object.spawn).__name__ == "CuboidCfg"
+    assert type(config("Isaac-Lift-Franka").scene.object.spawn).__name__ == "CuboidCfg"
     monkeypatch.setitem(TASKS, "Isaac-Lift-Franka", dataclasses.replace(row, overrides=()))
-    assert type(task_config(arguments("Isaac-Lift-Franka"), 2, 64).scene.object.spawn).__name__ == "MultiAssetSpawnerCfg"
+    assert type(config("Isaac-Lift-Franka").scene.object.spawn).__name__ == "MultiAssetSpawnerCfg"
 
 
 def test_columns_are_compared_with_the_row():
@@ -308,33 +273,32 @@ def test_columns_are_compared_with_the_row():
         observation_manager=SimpleNamespace(group_obs_dim={"policy": (9,), "critic": (39,)}),
         action_manager=SimpleNamespace(total_action_dim=7),
     )
-    gr00t_tasks.check_columns(env, STACK)
+    check_columns(env, STACK)
     env.action_manager.total_action_dim = 8
-    with pytest.raises(UsageError, match="8 action columns, its row in TASKS says 7"):
-        gr00t_tasks.check_columns(env, STACK)
+    with pytest.raises(SystemExit, match="8 action columns, its row in TASKS says 7"):
+        check_columns(env, STACK)
 
 
-def test_program(tmp_path):
-    def run(*flags):
-        command = [sys.executable, ROOT / "gr00t_tasks.py", *flags]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def test_presets_that_there_are_not():
+    for flags, known in ((("bullet", None), "newton_mjwarp"), ((None, "blender"), "newton_renderer")):
+        for task in ("Tabletop-Lift-Cube-v0", "Isaac-Open-Drawer-Franka"):
+            with pytest.raises(SystemExit) as refused:
+                task_config(task, "cpu", 2, 64, *flags)
+            text = str(refused.value)
+            assert known in text and "\n" not in text and ("bullet" in text or text.startswith("--renderer blender: "))
 
-    assert all(name in run().stdout for name in TASKS)
-    assert run("--task", "Isaac-Humanoid", "--out", "random").returncode == 0
-    config = json.loads((tmp_path / "random" / "config.json").read_text())
-    assert config["action_dim"] == 21
-    for flags, text in (
-        (("--task", "nothing"), "--task nothing: no row"),
-        (("--task", STACK), "--out:"),
-        (("--task", STACK, "--out", "x", "--size", "huge"), "--size huge"),
-    ):
-        failed = run(*flags)
-        assert failed.returncode == 1 and failed.stderr.startswith(f"error: {text}") and failed.stderr.count("\n") == 1
+
+def test_programs(tmp_path):
+    def run(*command):
+        return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+
+    assert all(name in run("-m", "tasks.gr00t").stdout for name in TASKS)
+    made = run("benchmarks/random_checkpoint.py", "--task", "Isaac-Humanoid", "--out", str(tmp_path / "random"))
+    assert made.returncode == 0, made.stderr
+    assert json.loads((tmp_path / "random/config.json").read_text())["action_dim"] == 21
 
 
 if __name__ == "__main__":
-    import os
-
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from tests import assets
 

@@ -443,7 +443,7 @@ def test_the_figures_of_an_iteration(kind):  # core 12
     plan = plan_minibatches(case.store.units, 0, case.args, ALONE)
     optimizer = torch.optim.Adam([flat_parameter(case.policy)], torch.tensor(5e-3), eps=1e-5, fused=True)
     update(case.policy, optimizer, case.batch, case.store, plan, case.args, ALONE, case.log)
-    found = ppo_isaac.read(case.log, case.args)
+    found = case.log.read()
     returns, values = (case.column(name).double().numpy() for name in ("target", "value"))
     assert math.isclose(found["update/explained_variance"], 1 - np.var(returns - values) / np.var(returns), rel_tol=1e-3)
     ends = case.points.ends[-int(found["rollout/episodes"]) :]

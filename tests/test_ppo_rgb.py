@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,31 +19,28 @@ import torch
 from torch import Tensor
 
 import ppo_isaac_rgb
-import stock_tasks
-from common import Ranks, StageTimer
-from policies import flat_parameter
+from common import Metrics, Ranks, StageTimer
 from ppo_isaac_rgb import (
     ActorCritic,
     Args,
     CameraEnv,
     Network,
     Storage,
-    UsageError,
     colour_camera,
+    flat_parameter,
     grey,
     make_batch,
     make_env,
     plan_minibatches,
     ppo_loss,
-    resolve,
     rollout,
     update,
 )
-from stock_tasks import Spaces, task_config
-from tests import assets, warm
+from tasks.stock import Spaces, task_config
+from tests import assets
+from tests.test_ppo_runs import metrics, ppo
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).resolve().parents[1]
 ALONE = Ranks(0, 1)
 BOX = gym.spaces.Box(-1.0, 1.0, (2,))
 CHOICES = gym.spaces.MultiDiscrete([3, 2])
@@ -105,9 +101,8 @@ class Film:
 
 @pytest.fixture
 def film(monkeypatch):
-    """`gym.make` gives the task that is handed over as configuration; any name is that of a task."""
+    """`gym.make` gives the task that is handed over as configuration."""
     monkeypatch.setattr(gym, "make", lambda task, cfg: cfg.film)
-    monkeypatch.setattr(stock_tasks, "known_task", lambda name: name)
 
 
 def scene(*kinds: str) -> SimpleNamespace:
@@ -118,8 +113,9 @@ def make(space: gym.Space = BOX, finite: bool = False, **overrides):
     """Arguments, environment, policy and buffers, before the first rollout."""
     made = {key: overrides.pop(key) for key in ("length",) if key in overrides}
     wanted = {"num_envs": N, "num_steps": T, "minibatches": 2, "epochs": 2, "stagger": False, **overrides}
-    args = resolve(Args(task="Film", device="cpu", exp_name="test", **wanted))
-    env = CameraEnv(args, SimpleNamespace(is_finite_horizon=finite, film=Film(space, **made), scene=scene("rgba")), ALONE)
+    args = Args(task="Film", device="cpu", exp_name="test", **wanted)
+    cfg = SimpleNamespace(is_finite_horizon=finite, film=Film(space, **made), scene=scene("rgba"))
+    env = CameraEnv(args.task, cfg, ALONE, args)
     torch.manual_seed(args.seed)
     policy, store = ActorCritic(env.spaces, args), Storage(args, env)
     with torch.no_grad():
@@ -129,11 +125,11 @@ def make(space: gym.Space = BOX, finite: bool = False, **overrides):
     return args, env, policy, store
 
 
-def collect(args, env, policy, store, rollouts: int = 1):
+def collect(args, env, policy, store, rollouts: int = 1, log: Metrics | None = None):
     """The batch of the last of some rollouts."""
     for i in range(rollouts):
         rollout(env, policy, store, args, i, ALONE, StageTimer("cpu"))
-        batch = make_batch(env, policy, store, args, ALONE)
+        batch = make_batch(env, policy, store, args, ALONE, log or Metrics("cpu", ALONE))
     return batch
 
 
@@ -173,7 +169,7 @@ def test_grey_knows_the_colours():
 def test_a_task_without_colour_is_refused():
     assert colour_camera("Film", SimpleNamespace(scene=scene("depth", "albedo"))) == ("eye", "albedo")
     for kinds, word in ((("depth",), "depth"), ((), "no camera")):
-        with pytest.raises(UsageError, match=rf"^--task Film: .*{word}"):
+        with pytest.raises(SystemExit, match=rf"^--task Film: .*{word}"):
             colour_camera("Film", SimpleNamespace(scene=scene(*kinds)))
 
 
@@ -200,11 +196,8 @@ def test_batch_stacks_what_the_policy_saw(film, steps):
     seen, act = [], policy.act
     policy.act = lambda obs, noise: seen.append(obs.clone()) or act(obs, noise)
     batch = collect(args, env, policy, store, rollouts=3)
-    want = torch.cat(seen[-steps:])  # (T * N, 4, 84, 84)
-    assert len(seen) == 3 * steps
-    assert torch.equal(batch.obs(torch.arange(steps * N)), want)
-    order = torch.randperm(steps * N)
-    assert torch.equal(batch.obs(order), want[order])
+    want, order = torch.cat(seen[-steps:]), torch.randperm(steps * N)  # (T * N, 4, 84, 84)
+    assert len(seen) == 3 * steps and torch.equal(store.pick(batch, order)[0]["obs"], want[order])
     assert store.frames.dtype == torch.uint8 and store.frames.numel() == (steps + 4) * N * 84 * 84
 
 
@@ -229,7 +222,7 @@ def test_time_outs_are_bootstrapped_from_the_last_frames_before_the_reset(film, 
             assert handed["final_values"][t, n].item() == pytest.approx(wanted, abs=1e-5)
             episode[n], age[n] = (episode[n] + 1, 0) if over else (episode[n], age[n])
     assert ends >= 3
-    assert torch.allclose(handed["last"], policy(env.stack)[1]) and torch.equal(handed["values"], store.value)
+    assert torch.allclose(handed["last"], policy(env.stack)[1]) and torch.equal(handed["values"], store.samples["value"])
 
 
 # ---------------------------------------------------------------- 2: frame skip
@@ -309,12 +302,13 @@ def test_no_noops_by_default(film):
 
 def test_sign_rewards_are_for_learning_only(film, monkeypatch):
     handed, gae = [], ppo_isaac_rgb.gae
-    monkeypatch.setattr(ppo_isaac_rgb, "gae", lambda *given: handed.append(given[0]) or gae(*given))
+    monkeypatch.setattr(ppo_isaac_rgb, "gae", lambda *given: handed.append(given[0].clone()) or gae(*given))
     for sign in (False, True):
-        args, env, policy, store = make(sign_rewards=sign)
-        batch = collect(args, env, policy, store)
-        assert batch.figures["reward"] == store.reward.mean()
-    assert torch.equal(handed[0], store.reward) and torch.equal(handed[1], store.reward.sign())
+        (args, env, policy, store), log = make(sign_rewards=sign), Metrics("cpu", ALONE)
+        collect(args, env, policy, store, log=log)
+        reward = store.samples["reward"]
+        assert log.read()["rollout/reward"] == pytest.approx(float(reward.mean()))
+    assert torch.equal(handed[0], reward) and torch.equal(handed[1], reward.sign())
     assert set(handed[1].unique().tolist()) == {-1.0, 0.0, 1.0}
 
 
@@ -360,28 +354,22 @@ def test_network_divides_bytes_by_255_and_shares_its_trunk():
 @pytest.mark.parametrize("space", [BOX, CHOICES])
 def test_first_ratio_is_one(film, space):
     args, env, policy, store = make(space, frame_skip=2)
-    batch = collect(args, env, policy, store, rollouts=2)
-    index = torch.randperm(T * N)
-    _, sums, ratio = ppo_loss(policy, batch, batch.obs(index), batch.rest[index], T * N, args)
-    assert (ratio - 1).abs().max() <= 1e-5 and abs(sums[4]) <= 1e-5 and sums[3] == 0
-    optimizer = torch.optim.Adam([flat_parameter(policy)], torch.tensor(1e-3), eps=1e-5, fused=True)
-    figures = update(policy, optimizer, batch, plan_minibatches(args, 0, ALONE), args, ALONE)
-    assert figures[6] <= 1e-5 and figures.isfinite().all() and figures[4] > 0
+    batch, log = collect(args, env, policy, store, rollouts=2), Metrics("cpu", ALONE)
+    part, states = store.pick(batch, torch.randperm(T * N))
+    _, kl, ratio = ppo_loss(policy, part, states, store.log_std, T * N, args, log)
+    assert (ratio - 1).abs().max() <= 1e-5 and abs(kl) <= 1e-5 and log.read()["update/clip_frac"] == 0
+    optimizer, log = torch.optim.Adam([flat_parameter(policy)], torch.tensor(1e-3), eps=1e-5, fused=True), Metrics("cpu", ALONE)
+    update(policy, optimizer, batch, store, plan_minibatches(store.units, 0, args, ALONE), args, ALONE, log)
+    figures = log.read()
+    assert figures["update/first_ratio_error"] <= 1e-5 < figures["update/kl"]
 
 
-def test_ranks_share_the_samples_of_a_minibatch(film):
-    """Their losses add up to that of one process."""
-    args, env, policy, store = make(num_steps=4, num_envs=N)
-    batch, whole = collect(args, env, policy, store), plan_minibatches(args, 3, ALONE)
-    for rank in range(N):
-        for parts, mine in zip(whole, plan_minibatches(args, 3, Ranks(rank, N))):
-            for (all_of, size), (own, total) in zip(parts, mine):
-                assert size == total == len(all_of)
-                assert (own * N + rank).tolist() == [i for i in all_of.tolist() if i % N == rank]
-    index = torch.tensor([], dtype=torch.long)  # a rank that a minibatch leaves without samples
-    loss, sums, _ = ppo_loss(policy, batch, batch.obs(index), batch.rest[index], 6, args)
+def test_a_rank_that_a_minibatch_leaves_without_samples(film):
+    args, env, policy, store = make(num_steps=4)
+    part, states = store.pick(collect(args, env, policy, store), torch.tensor([], dtype=torch.long))
+    loss, _, _ = ppo_loss(policy, part, states, store.log_std, 6, args, Metrics("cpu", ALONE))
     loss.backward()
-    assert sums.tolist()[0] == 0 and not policy.actor.weight.grad.any()
+    assert loss == 0 and not policy.actor.weight.grad.any()
 
 
 # ---------------------------------------------------------------- in the simulator
@@ -396,9 +384,9 @@ def stand_ins():
 
 def test_the_camera_shows_the_present_and_the_last_moment_before_a_reset(tmp_path):
     """What `grey` gets is fresh: no frame is late, neither after a step nor after a reset."""
-    args = resolve(Args(num_envs=4, device="cpu", exp_name="test", seed=3, frame_skip=1))
+    args = Args(num_envs=4, device="cpu", seed=3)
     cfg = task_config(args.task, "cpu", 4, None, (), {}, True)
-    with make_env(args, cfg, tmp_path, ALONE) as env:
+    with make_env(args, cfg, ALONE, tmp_path / "simulator.log") as env:
 
         def rendered() -> Tensor:
             env.base.sim.forward()
@@ -431,28 +419,14 @@ def test_the_camera_shows_the_present_and_the_last_moment_before_a_reset(tmp_pat
         assert (again[1, 3] != final[1]).any() and torch.equal(again[:, 3], rendered())
 
 
-def launch(folder: Path, *flags: str, cold: bool = False) -> str:
-    """Runs ppo_isaac_rgb.py to its end and returns what it printed."""
-    env = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    command = [str(ROOT / "ppo_isaac_rgb.py"), *flags, "--no-track", "--device", "cpu"]
-    process = warm.start(command, folder, env, cold)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, out[-3000:] + err[-3000:]
-    return out
-
-
-def rows(run_dir: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("sps/", "time/"))} for line in lines]
+EPISODES = ("--overrides", "env.episode_length_s=0.1666")  # of 10 steps, so that rollouts hold time-outs and resets
 
 
 @functools.cache
 def whole(folder: Path) -> str:
-    """A complete small run whose episodes are cut to 10 steps, so that rollouts hold time-outs and resets."""
-    flags = "--num-envs 4 --num-steps 6 --epochs 2 --minibatches 2 --iterations 4 --save-every 2 --keep-checkpoints 3"
-    flags += " --frame-skip 2 --noop-max 2 --eval-episodes 4 --seed 5 --exp-name whole --capture-video"
-    return launch(folder, *flags.split(), "--overrides", "env.episode_length_s=0.1666", cold=True)
+    flags = "--num-envs 4 --num-steps 6 --epochs 2 --minibatches 2 --iterations 4 --save-every 2 --frame-skip 2 --noop-max 2"
+    flags += " --eval-episodes 4 --seed 5 --exp-name whole --capture-video --device cpu"
+    return ppo(folder, *flags.split(), *EPISODES, script="ppo_isaac_rgb.py")
 
 
 @pytest.fixture(scope="module")
@@ -460,10 +434,11 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything(folder):
     out, made = whole(folder), folder / "runs/whole"
     assert "deterministic policy" in out
-    found = rows(made)
+    found = metrics(made)
     assert [row["iteration"] for row in found] == [0, 1, 2, 3]
     assert all(math.isfinite(value) for row in found for value in row.values())
     assert found[0]["update/first_ratio_error"] <= 1e-3 and found[0]["update/kl"] != 0
@@ -474,21 +449,24 @@ def test_a_run_leaves_everything(folder):
     assert saved["frame_skip"] == 2 and saved["spaces"]["obs"] == [4, 84, 84]
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(folder, tmp_path):
     """From the checkpoint in the middle, as if the run had been killed before the last one: bit for bit."""
     whole(folder)
     shutil.copytree(folder / "runs", tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs/whole/checkpoints/step_000004")
-    launch(tmp_path, "--resume", "runs/whole")
-    assert rows(tmp_path / "runs/whole") == rows(folder / "runs/whole")
+    ppo(tmp_path, "--resume", "runs/whole", script="ppo_isaac_rgb.py")
+    assert metrics(tmp_path / "runs/whole") == metrics(folder / "runs/whole")
     weights = [(p / "runs/whole/checkpoints/step_000004/policy.safetensors").read_bytes() for p in (folder, tmp_path)]
     assert weights[0] == weights[1]
     assert weights[0] != (folder / "runs/whole/checkpoints/step_000002/policy.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_saved_policy_evaluates_to_the_same_return(folder):
+    """The checkpoint knows its frame skip."""
     whole(folder)
     flags = "--evaluate --checkpoint runs/whole/checkpoints/step_000004 --exp-name again --num-envs 4 --noop-max 2 --seed 5"
-    launch(folder, *flags.split(), "--overrides", "env.episode_length_s=0.1666")
+    ppo(folder, *flags.split(), "--device", "cpu", *EPISODES, script="ppo_isaac_rgb.py")
     results = [json.loads((folder / f"runs/{name}/summary.json").read_text())["eval"] for name in ("whole", "again")]
     assert results[0] == results[1] and results[0]["episodes"] == 4

@@ -21,11 +21,6 @@ from benchmarks.ppo_vs_grpo import ROOT, Args, Run
 # ---------------------------------------------------------------- command lines
 
 
-def flags_of(line: list[str]) -> dict[str, str]:
-    """Flags that take one value, the last of each."""
-    return {a: b for a, b in zip(line, line[1:]) if a.startswith("--") and not b.startswith("--")}
-
-
 @pytest.mark.parametrize("method", bench.METHODS)
 def test_the_scripts_take_the_command_lines(method):
     """Parsed by the script's own Args: every flag exists there and arrives with the benchmark's value."""
@@ -35,8 +30,7 @@ def test_the_scripts_take_the_command_lines(method):
     module = importlib.import_module(Path(script).stem)
     parsed = tyro.cli(module.Args, args=line)
     wanted = {"task": args.task, "checkpoint": "folder", "device": "cpu", "num_envs": 64, "seed": 3, "eval_seed": 77}
-    wanted |= {"eval_episodes": 48, "exp_name": f"{method}-s3", "track": False, "capture_video": False}
-    wanted |= {"evaluate": method == "sft"}
+    wanted |= {"eval_episodes": 48, "exp_name": f"{method}-s3", "evaluate": method == "sft"}
     if method != "sft":
         wanted |= {"iterations": 40, "eval_every": 9, "save_every": 40}
     found = dataclasses.asdict(parsed)
@@ -51,21 +45,17 @@ def test_the_scripts_take_the_command_lines(method):
 def test_stages_begin_at_shares_of_the_run():
     import ppo_gr00t_lora
 
-    for iterations, starts in ((150, (30, 60, 90)), (10, (2, 4, 6)), (7, (1, 3, 4))):  # 7: 1.4, 2.8 and 4.2, rounded
-        line = bench.command(Args(iterations=iterations), "ppo-unfreeze", 1)
-        assert not any("%" in flag for flag in line)
-        stages = ppo_gr00t_lora.parse_schedule(tyro.cli(ppo_gr00t_lora.Args, args=line[2:]))
-        assert [tuple(stage) for stage in stages] == [
-            ("critic", 0, None), ("head", 3, None), ("vl", starts[0], None), ("llm", starts[1], 1e-4),
-            ("vision", starts[2], 1e-4),
-        ]  # fmt: skip
+    for iterations, starts in ((150, (30, 60, 90)), (7, (1, 3, 4))):  # 7: 1.4, 2.8 and 4.2, rounded
+        args = tyro.cli(ppo_gr00t_lora.Args, args=bench.command(Args(iterations=iterations), "ppo-unfreeze", 1)[2:])
+        stages = [(stage.name, stage.start, stage.learning_rate) for stage in ppo_gr00t_lora.parse_schedule(args)]
+        rest = zip(("vl", "llm", "vision"), starts, (args.learning_rate, 1e-4, 1e-4))
+        assert stages == [("head", 3, args.learning_rate), *rest]
 
 
 def test_more_flags_for_a_method():
     """They come last, so that they win, and shares in them are turned into iterations, too."""
     args = Args(iterations=50, extra={"ppo": "--clip 0.05 --seed 9", "ppo-lora": "--unfreeze head:10% vl:50%:1e-3"})
-    line = bench.command(args, "ppo", 1)
-    assert line[-4:] == ["--clip", "0.05", "--seed", "9"] and flags_of(line)["--seed"] == "9"
+    assert bench.command(args, "ppo", 1)[-4:] == ["--clip", "0.05", "--seed", "9"]
     assert bench.command(args, "ppo-lora", 1)[-3:] == ["--unfreeze", "head:5", "vl:25:1e-3"]
     assert "--clip" not in bench.command(args, "grpo", 1)
 
@@ -74,14 +64,15 @@ def test_more_flags_for_a_method():
 
 # in the place of a training script: notes that it ran, waits or fails when asked to, leaves a summary
 SCRIPT = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
+assert os.environ["WANDB_MODE"] == "disabled"
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
 name, behaviour = flags["--exp-name"], sys.argv[-1]
 began = time.time()
 if behaviour == "fails":
     print("a line before")
-    sys.exit("error: --clip 9: too large")
+    sys.exit("--clip 9: too large")
 if behaviour == "hangs":
     time.sleep(60)
 time.sleep(0.3)
@@ -158,7 +149,7 @@ def test_a_failed_run_stops_the_benchmark(scripts, processes):
         bench.run_all(Args(methods=("hangs", "fails", "grpo"), seeds=(1,), jobs=2), scripts)
     text = str(caught.value)
     assert text.startswith("fails-s1 failed") and str(scripts / "fails-s1.log") in text
-    assert text.rstrip().endswith("error: --clip 9: too large")
+    assert text.rstrip().endswith("--clip 9: too large")
     assert [process.wait(10) for process, _ in processes] == [-signal.SIGKILL, 1]  # grpo was not begun
 
 
@@ -187,17 +178,12 @@ def test_unknown_methods_are_refused(flags, start, tmp_path):
 # ---------------------------------------------------------------- figures
 
 
-def test_interpolation():
+def test_interpolation_and_drops():
     xs, ys = [0.0, 10.0, 14.0], [0.2, 0.4, 0.0]
-    assert [bench.at(xs, ys, x) for x in (0.0, 5.0, 10.0, 11.0, 14.0, 99.0)] == pytest.approx([0.2, 0.3, 0.4, 0.3, 0.0, 0.0])
+    assert [bench.at(xs, ys, x) for x in (0.0, 5.0, 11.0, 14.0, 99.0)] == pytest.approx([0.2, 0.3, 0.3, 0.0, 0.0])
     assert bench.at([0.0], [0.7], 3.0) == 0.7
-
-
-@pytest.mark.parametrize(
-    "success, drop", [([0.1, 0.2, 0.9], 0.0), ([0.5, 0.4, 0.8, 0.6, 0.7, 0.55], 0.25), ([0.9, 0.1, 0.95], 0.8), ([], 0.0)]
-)
-def test_biggest_drop(success, drop):
-    assert bench.biggest_drop(success) == pytest.approx(drop)
+    drops = [bench.biggest_drop(curve) for curve in ([0.1, 0.2, 0.9], [0.5, 0.4, 0.8, 0.6, 0.7, 0.55], [])]
+    assert drops == pytest.approx([0.0, 0.25, 0.0])
 
 
 def result(mean: float) -> dict:
@@ -205,13 +191,16 @@ def result(mean: float) -> dict:
 
 
 def save(out: Path, method: str, seed: int, curve=(), before: float = 0.2, pace: float = 10.0, kl: float = 1.0) -> Path:
-    """A run of two rows per evaluation in `curve`, each of 50 episodes and `pace` seconds."""
+    """A run of two rows per evaluation in `curve`, each of 50 episodes and `pace` seconds, after 7 s for the simulator."""
     folder = out / "runs" / f"{method}-s{seed}"
     folder.mkdir(parents=True)
     if method == "sft":
         summary = {"ode_success": result(before)}
     else:
-        rows = [{"iteration": i, "episodes": 50 * (i + 1), "time/elapsed": pace * (i + 1)} for i in range(2 * len(curve))]
+        stages = {"time/env": 0.5 * pace, "time/policy": 0.3 * pace, "time/update": 0.2 * pace}
+        rows = [{"iteration": i, "episodes": 50 * (i + 1)} | stages for i in range(2 * len(curve))]
+        for row in rows:
+            row["time/elapsed"] = 7 + pace * (row["iteration"] + 1)
         for row, success in zip(rows[1::2], curve):
             row["eval/ode_success"] = success
         if method != "grpo":  # rises to 0.5 and 0.7 in the second half
@@ -219,7 +208,7 @@ def save(out: Path, method: str, seed: int, curve=(), before: float = 0.2, pace:
                 row["update/explained_variance"] = 0.7 - 0.2 * (len(rows) - 1 - i)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         summary = {"ode_success_before": result(before), "ode_success_after": result(curve[-1]), "kl_to_base": kl}
-        summary |= {"seconds": pace * len(rows), "peak_memory_gb": 1.0 + seed / 4}
+        summary |= {"seconds": 100.0, "peak_memory_gb": 1.0 + seed / 4}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -227,7 +216,8 @@ def save(out: Path, method: str, seed: int, curve=(), before: float = 0.2, pace:
 def test_load(tmp_path):
     run = bench.load(save(tmp_path, "ppo", 4, (0.5, 0.6), 0.3), "ppo", 4)
     assert (run.method, run.seed) == ("ppo", 4)
-    assert run.episodes == [0, 100, 200] and run.seconds == [0, 20, 40] and run.success == [0.3, 0.5, 0.6]
+    assert run.episodes == [0, 100, 200] and run.success == [0.3, 0.5, 0.6]
+    assert run.seconds == pytest.approx([0, 20, 40])  # of training
     assert run.explained == pytest.approx(0.6)  # of the second half
     assert math.isnan(bench.load(save(tmp_path, "grpo", 4, (0.5, 0.6)), "grpo", 4).explained)
     sft = bench.load(save(tmp_path, "sft", 4, before=0.25), "sft", 4)
@@ -286,26 +276,6 @@ def test_report_from_a_folder(results, capsys):
     (results / "args.json").write_text(json.dumps(saved | {"checkpoint": "/some/folder", "jobs": 2}))
     text = bench.report(results)
     assert "/some/folder" in text and "2 run(s) at a time" in text
-
-
-def test_curves_are_those_of_the_runs(results, monkeypatch):
-    """What is drawn: a thin line for each seed, a thick one for the mean, imitation as a level."""
-    from matplotlib import pyplot
-
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
-    bench.report(results)
-    left, right = pyplot.gcf().axes
-    for axis, end in ((left, 200), (right, 40)):
-        lines = {line.get_label(): line for line in axis.get_lines()}
-        assert list(lines["sft (0.200)"].get_ydata()) == [0.2, 0.2]
-        mean = lines["grpo"]
-        assert mean.get_xdata()[-1] == pytest.approx(end) and mean.get_ydata()[-1] == pytest.approx(0.6)
-        assert mean.get_ydata()[30] == pytest.approx(0.5)  # half way: 0.4 and 0.6
-        thin = [line.get_ydata()[-1] for line in axis.get_lines() if line.get_linewidth() < 1]
-        assert thin == pytest.approx([0.8, 0.4, 0.9])  # two seeds of GRPO, one of PPO
-        assert lines["ppo"].get_ydata()[-1] == pytest.approx(0.9)
-    monkeypatch.undo()
-    pyplot.close("all")
 
 
 @pytest.mark.parametrize("content", [{}, {"args.json": json.dumps(dict.fromkeys(("iterations", "num_envs", "jobs"), 1))}])

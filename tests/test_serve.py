@@ -7,8 +7,10 @@ import io
 import json
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -17,11 +19,13 @@ import numpy as np
 import pytest
 import torch
 import zmq
+from tensordict import TensorDict
 
 import grpo_gr00t
 import serve_gr00t
-from common import Noise, Ranks, UsageError
-from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, tiny_tokenizer
+from common import Noise, Ranks
+from gr00t_n1d5.network import Gr00tConfig, Gr00tN1d5
+from gr00t_n1d5.processor import Gr00tProcessor, tiny_tokenizer
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,26 +66,6 @@ class Client:
         return self.send(msgpack.packb({"endpoint": endpoint, "data": data, **more}, default=npy))
 
 
-@contextlib.contextmanager
-def started(log: Path, *flags: str):
-    """A server process and its client."""
-    command = [sys.executable, str(ROOT / "serve_gr00t.py"), "--device", "cpu", "--port", "0", *flags]
-    with open(log, "w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-    client = None
-    try:
-        address = process.stdout.readline().rpartition(" at ")[2].strip()
-        assert address.startswith("tcp://127.0.0.1:"), log.read_text()
-        client = Client(address)
-        yield process, client
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        if client:
-            client.socket.close()
-
-
 def observations(n: int, seed: int = 0) -> dict:
     """A batch for the shipped checkpoint; every second instruction is the other one."""
     rng = np.random.default_rng(seed)
@@ -106,10 +90,24 @@ def joined(reply: dict, *keys: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A server that has answered one single and one batched request."""
-    with started(tmp_path_factory.mktemp("serve") / "stderr", "--checkpoint", TINY, "--seed", str(SEED)) as (_, client):
+    """A server process that has answered one single and one batched request, and its client."""
+    log = tmp_path_factory.mktemp("serve") / "stderr"
+    flags = ["--checkpoint", TINY, "--seed", str(SEED), "--device", "cpu", "--port", "0"]
+    with open(log, "w") as errors:
+        command = [sys.executable, str(ROOT / "serve_gr00t.py"), *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    try:
+        address = process.stdout.readline().rpartition(" at ")[2].strip()
+        assert address.startswith("tcp://127.0.0.1:"), log.read_text()
+        client = Client(address)
         replies = [client("get_action", first(observations(1))), client("get_action", observations(3, 1))]
         yield types.SimpleNamespace(client=client, replies=replies)
+        client("kill")
+        assert process.wait(20) == 0 and "Traceback" not in log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 # ---------------------------------------------------------------- what is served
@@ -117,15 +115,15 @@ def server(tmp_path_factory):
 
 def trained_with(noise: Noise, *batches: dict, **flags) -> list[np.ndarray]:
     """Actions (N, H, 4) of grpo_gr00t.py's own ODE policy, in this process."""
-    actor, actions = grpo_gr00t.Gr00tActor(grpo_gr00t.resolve(grpo_gr00t.Args(checkpoint=TINY, device="cpu", **flags))), []
+    actor, actions = grpo_gr00t.Gr00tActor(grpo_gr00t.Args(checkpoint=TINY, device="cpu", **flags)), []
     for data in batches:
         state = np.concatenate([data["state.gripper_position"], data["state.finger_positions"]], -1)[:, 0]
-        seen = grpo_gr00t.Observation(
-            torch.from_numpy(data["video.cam"]),  # one time step there, one camera here
-            torch.from_numpy(state).float(),
-            torch.tensor([TEXTS.index(text) for text in data[LANGUAGE]]),
-        )
-        actions.append(actor.act(seen, noise).action.numpy())
+        seen = {
+            "images": torch.from_numpy(data["video.cam"]),  # one time step there, one camera here
+            "state": torch.from_numpy(state).float(),
+            "prompt": torch.tensor([TEXTS.index(text) for text in data[LANGUAGE]]),
+        }
+        actions.append(actor.act(TensorDict(seen, len(state)), noise)["action"].numpy())
     return actions
 
 
@@ -175,7 +173,7 @@ def robot(tmp_path_factory) -> Path:
 
 
 def make(checkpoint, **flags) -> serve_gr00t.ServedPolicy:
-    return serve_gr00t.ServedPolicy(serve_gr00t.resolve(serve_gr00t.Args(checkpoint=str(checkpoint), device="cpu", **flags)))
+    return serve_gr00t.ServedPolicy(serve_gr00t.Args(checkpoint=str(checkpoint), device="cpu", **flags))
 
 
 def robot_observations() -> dict:
@@ -212,8 +210,8 @@ def test_a_batch_equals_its_rows(robot, flags):
 
 def test_bfloat16_backbone():
     """As in training, and unlike fp32."""
-    expected, plain = (trained_with(Noise("cpu", Ranks(0, 1), 1), observations(3), backbone_bf16=on)[0] for on in (True, False))
-    found = joined(make(TINY, backbone_bf16=True).get_action(packed(observations(3))), "gripper_delta", "gripper_open")
+    expected, plain = (trained_with(Noise("cpu", Ranks(0, 1), 1), observations(3), precision=p)[0] for p in ("bf16", "fp32"))
+    found = joined(make(TINY, precision="bf16").get_action(packed(observations(3))), "gripper_delta", "gripper_open")
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     assert np.abs(found - plain).max() > 1e-4
 
@@ -257,17 +255,12 @@ def promise() -> dict:
 CAM, ARM, FINGERS = "video.cam", "state.gripper_position", "state.finger_positions"
 CHANGES = {  # of a good request, and what the reply says
     "absent camera": ({CAM: None}, "absent: 'video.cam'"),
-    "absent state": ({ARM: None}, "absent: 'state.gripper_position'"),
     "unknown camera": ({"video.wrist": np.zeros((1, 64, 64, 3), np.uint8)}, "unknown: 'video.wrist'"),
     "two instructions": ({"annotation.other": [TEXTS[0]]}, "more than one instruction: 'annotation.other'"),
     "float image": ({CAM: np.zeros((1, 64, 64, 3), np.float32)}, "video.cam: its type is float32, not uint8"),
     "integer state": ({ARM: np.zeros((1, 3), np.int64)}, "state.gripper_position: its type is int64, not a float"),
     "channels first": ({CAM: np.zeros((1, 3, 64, 64), np.uint8)}, "video.cam: its shape is (1, 3, 64, 64)"),
-    "two moments": ({CAM: np.zeros((2, 64, 64, 3), np.uint8)}, "video.cam: its shape is (2, 64, 64, 3)"),
-    "flat image": ({CAM: np.zeros(3, np.uint8)}, "video.cam: its shape is (3,)"),
     "no pixels": ({CAM: np.zeros((1, 0, 0, 3), np.uint8)}, "video.cam: its shape is (1, 0, 0, 3)"),
-    "small state": ({ARM: np.zeros((1, 2))}, "state.gripper_position: its shape is (1, 2)"),
-    "scalar state": ({ARM: np.zeros(())}, "state.gripper_position: its shape is ()"),
     "half a batch": ({ARM: np.zeros((2, 1, 3))}, "state.gripper_position: its shape is (2, 1, 3)"),
     "other batch": ({ARM: np.zeros((2, 1, 3)), FINGERS: np.zeros((3, 1, 2))}, "its shape is"),
     "empty batch": (observations(0), "video.cam: its shape is (0, 1, 64, 64, 3)"),
@@ -282,7 +275,6 @@ CHANGES = {  # of a good request, and what the reply says
     "no instruction": ({LANGUAGE: None}, "'Perform'"),  # NVIDIA's default has words that the tiny tokenizer lacks
     "sentence for list": ({LANGUAGE: TEXTS[0]}, "must be a list of strings"),
     "too many": ({LANGUAGE: list(TEXTS)}, "must be a list of strings, one per observation (1)"),
-    "numbers": ({LANGUAGE: [1]}, "must be a list of strings"),
 }  # fmt: skip
 
 
@@ -298,11 +290,9 @@ MESSAGES = {
     "nothing": ([b""], "not a msgpack message"),
     "no msgpack": ([b"\xc1"], "not a msgpack message"),
     "cut short": ([GOOD[:-2]], "not a msgpack message"),
-    "too long": ([GOOD + b"\x00"], "not a msgpack message"),
     "two parts": ([GOOD, GOOD], "not a msgpack message of one part"),
     "no text": ([b"\x81\xa1\xff\xc0"], "not a msgpack message"),
     "nested": ([b"\x91" * 5000], "not a msgpack message"),
-    "number": ([msgpack.packb(7)], "a request is a map"),
     "unknown endpoint": ([msgpack.packb({"endpoint": "reset"})], "unknown endpoint 'reset'"),
     "endpoint of another type": ([msgpack.packb({"endpoint": [7]})], "unknown endpoint [7]"),
     "long endpoint": ([msgpack.packb({"endpoint": "x" * 100_000})], "unknown endpoint 'xxx"),
@@ -340,31 +330,38 @@ def test_an_unforeseen_failure_is_answered(monkeypatch, capsys):
     assert goes_on and reply == {"error": "ZeroDivisionError: division by zero"} and "Traceback" in capsys.readouterr().err
 
 
-def test_token_and_kill(tmp_path):
-    with started(tmp_path / "stderr", "--api-token", "secret") as (process, client):
-        for given in ({}, {"api_token": "Secret"}, {"api_token": "ü"}, {"api_token": 1}, {"api_token": None}):
-            for endpoint in ("ping", "get_action", "get_modality_config", "kill"):
-                refused(client(endpoint, **given), "Unauthorized")
-        assert client("ping", api_token="secret") == {"status": "ok", "message": "Server is running"}
-        assert process.poll() is None
-        assert client("kill", api_token="secret")["status"] == "ok"
-        assert process.wait(20) == 0
-    assert "Traceback" not in (tmp_path / "stderr").read_text()
+def test_token_and_kill():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = serve_gr00t.Args(checkpoint=TINY, device="cpu", port=port, api_token="secret")
+    thread = threading.Thread(target=serve_gr00t.main, args=(args,), daemon=True)
+    thread.start()
+    client = Client(f"tcp://127.0.0.1:{port}")
+    for given in ({}, {"api_token": "Secret"}, {"api_token": "ü"}, {"api_token": 1}, {"api_token": None}):
+        for endpoint in ("ping", "get_action", "get_modality_config", "kill"):
+            refused(client(endpoint, **given), "Unauthorized")
+    assert client("ping", api_token="secret") == {"status": "ok", "message": "Server is running"}
+    assert thread.is_alive()
+    assert client("kill", api_token="secret")["status"] == "ok"
+    thread.join(20)
+    assert not thread.is_alive()
+    client.socket.close()
 
 
 # ---------------------------------------------------------------- the command line
 
 
-def usage_error(**flags) -> str:
-    with pytest.raises(UsageError) as caught:
-        serve_gr00t.main(serve_gr00t.Args(**{"device": "cpu", "port": 0, **flags}))
+def refusal(**flags) -> str:
+    with pytest.raises(SystemExit) as caught:
+        serve_gr00t.main(serve_gr00t.check(serve_gr00t.Args(**{"device": "cpu", "port": 0, **flags})))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_checkpoints(tiny_checkpoint, tmp_path):
     def error(folder: Path, **flags) -> str:
-        text = usage_error(checkpoint=str(folder), **flags)
+        text = refusal(checkpoint=str(folder), **flags)
         assert text.startswith(f"--checkpoint {folder}: ")
         return text
 
@@ -373,37 +370,31 @@ def test_checkpoints(tiny_checkpoint, tmp_path):
     assert "--cameras" in error(tiny_checkpoint)  # its metadata names none
     assert make(tiny_checkpoint, cameras=("cam",)).video == ["video.cam"]
     folder = shutil.copytree(TINY, tmp_path / "copy")
-    config = json.loads((folder / "config.json").read_text())
-    config["action_head_cfg"]["max_seq_len"] += 1
-    (folder / "config.json").write_text(json.dumps(config))
-    assert "wrong shape" in error(folder)
     (folder / "model.safetensors").write_bytes(b"nothing")
     error(folder)
 
 
-BAD = [("port", 70_000), ("port", -1), ("seed", -1), ("denoise_steps", 0), ("micro_batch_size", 0), ("device", "gpu")]
+@pytest.mark.parametrize("flags", [{"port": 70_000}, {"host": "no-where"}, {"api_token": ""}])
+def test_bad_flags(flags):
+    ((name, value),) = flags.items()
+    assert refusal(**flags).startswith(f"--{name.replace('_', '-')} {value}".rstrip() + ": ")
 
 
-@pytest.mark.parametrize("name, value", [*BAD, ("host", "no-where")])
-def test_bad_flags(name, value):
-    assert usage_error(**{name: value}).startswith(f"--{name.replace('_', '-')} {value}: ")
-
-
-def test_empty_token():
-    assert usage_error(api_token="").startswith("--api-token: ")
-
-
-def test_port_in_use(capsys):
-    with zmq.Context() as context, context.socket(zmq.REP) as socket:
-        address = serve_gr00t.bind(serve_gr00t.Args(host="localhost", port=0), socket)
+def test_addresses(capsys):
+    """A port that is taken is refused; an open host without a token is warned of."""
+    with zmq.Context() as context, context.socket(zmq.REP) as listening:
+        address = serve_gr00t.bind(serve_gr00t.Args(host="localhost", port=0), listening)
         port = int(address.removeprefix("tcp://127.0.0.1:"))
-        assert usage_error(port=port).startswith(f"--port {port}: ")
+        assert refusal(port=port).startswith(f"--port {port}: ")
     assert capsys.readouterr().err == ""
+    for token, lines in ((None, 1), ("secret", 0)):
+        with zmq.Context() as context, context.socket(zmq.REP) as listening:
+            serve_gr00t.bind(serve_gr00t.Args(host="0.0.0.0", port=0, api_token=token), listening)
+        text = capsys.readouterr().err
+        assert text.count("\n") == lines and ("--api-token" in text) == bool(lines)
 
 
-@pytest.mark.parametrize("token, lines", [(None, 1), ("secret", 0)])
-def test_an_open_host_without_a_token_is_warned_of(token, lines, capsys):
-    with zmq.Context() as context, context.socket(zmq.REP) as socket:
-        serve_gr00t.bind(serve_gr00t.Args(host="0.0.0.0", port=0, api_token=token), socket)
-    text = capsys.readouterr().err
-    assert text.count("\n") == lines and ("--api-token" in text) == bool(lines)
+def test_precision_by_size(monkeypatch):
+    for flags, precision in ((), "fp32"), (("--checkpoint", "nvidia/GR00T-N1.5-3B"), "bf16"):
+        monkeypatch.setattr("sys.argv", ["serve_gr00t.py", *flags])
+        assert serve_gr00t.parse().precision == precision

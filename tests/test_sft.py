@@ -9,38 +9,48 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 import sft_gr00t
-from common import Ranks, RunLogger
-from gr00t_n1d5 import Augmentation, Gr00tN1d5
-from sft_gr00t import TASKS, Args, Demonstrations, Gr00tPolicy, Observation, UsageError, backward, make_policy, resolve
+from common import Noise, Ranks, Run
+from gr00t_n1d5.network import Gr00tConfig, Gr00tN1d5
+from gr00t_n1d5.processor import Augmentation, Gr00tProcessor, tiny_tokenizer
+from sft_gr00t import TASKS, Args, Gr00tActor, backward, check, draw, make_processor
 from tests import warm
 
 torch.set_num_threads(1)
-TEXTS = ("lift the red cube", "lift the blue cube")
 
 
-def make(checkpoint, **overrides) -> Gr00tPolicy:
-    args = resolve(Args(checkpoint=str(checkpoint), device="cpu", num_envs=8, **overrides))
-    policy = make_policy(args, TEXTS)
-    policy.net.backbone.requires_grad_(args.tune == "all")
-    return policy
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny random network with rows for 32 embodiments and padded actions, for the embedded task."""
+    config, folder = Gr00tConfig.tiny(action_dim=6, num_embodiments=32), tmp_path_factory.mktemp("checkpoint") / "tiny"
+    torch.manual_seed(0)
+    Gr00tN1d5(config).save_pretrained(folder)
+    words = tiny_tokenizer(["lift", "the", "red", "blue", "cube"], config)
+    data = ({"all": torch.randn(100, n)} for n in (5, 4))
+    Gr00tProcessor.from_statistics(config, "new_embodiment", *data, {}, words).save_pretrained(folder)
+    return folder
 
 
-def demonstrations(n: int, chunk: int, g: torch.Generator) -> Demonstrations:
+def given(checkpoint, **flags) -> Args:
+    return check(Args(checkpoint=str(checkpoint), device="cpu", num_envs=8, **flags))
+
+
+def demonstrations(n: int, g: torch.Generator) -> TensorDict:
     images = torch.randint(256, (n, 1, 64, 64, 3), generator=g, dtype=torch.uint8)
-    action = torch.randn(n, chunk, 4, generator=g)
-    return Demonstrations(images, torch.randn(n, 5, generator=g), torch.arange(n) % 2, action)
+    found = {"images": images, "action": torch.randn(n, 8, 4, generator=g), "state": torch.randn(n, 5, generator=g)}
+    return TensorDict(found | {"prompt": torch.arange(n) % 2}, n)
 
 
-def gradients(policy: Gr00tPolicy, rows: int = 13, augment: bool = False) -> tuple[float, dict[str, Tensor]]:
+def gradients(checkpoint, augment: bool = False, **flags) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a batch of generated demonstrations; it is no multiple of the micro-batches below."""
-    g = torch.Generator().manual_seed(3)
-    demos = demonstrations(20, policy.chunk, g)
-    noise = torch.randn(rows, policy.chunk, policy.net.config.action_dim, generator=g)
-    batch = (torch.randint(20, (rows,), generator=g), noise, torch.rand(rows, generator=g))
-    loss = backward(policy, demos, *batch, Augmentation.draw(rows, g) if augment else None)
+    policy, g = Gr00tActor(given(checkpoint, **flags)), torch.Generator().manual_seed(3)
+    demos, drawn = demonstrations(20, g), draw(Args(), policy, 20, 13, g)
+    if augment:
+        drawn.update(Augmentation.draw(13, g)._asdict())
+    loss = backward(policy, demos, drawn)
     return float(loss), {name: p.grad for name, p in policy.net.named_parameters() if p.grad is not None}
 
 
@@ -50,72 +60,67 @@ def flat(found: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("tune", ["all", "head"])
 @pytest.mark.parametrize("flags", [{"micro_batch_size": 4}, {"activation_checkpointing": True}])
-def test_memory_options_do_not_change_the_gradient(tiny_checkpoint, tune, flags):
-    loss, plain = gradients(make(tiny_checkpoint, tune=tune))
-    other, found = gradients(make(tiny_checkpoint, tune=tune, **flags))
+def test_memory_options_do_not_change_the_gradient(checkpoint, tune, flags):
+    loss, plain = gradients(checkpoint, tune=tune)
+    other, found = gradients(checkpoint, tune=tune, **flags)
     assert other == pytest.approx(loss, rel=1e-5) and found.keys() == plain.keys()
     assert flat(plain).norm() > 0 and (flat(found) - flat(plain)).norm() < 1e-5 * flat(plain).norm()
 
 
-def test_what_is_trained(tiny_checkpoint):
+def test_what_is_trained(checkpoint):
     """--tune head trains all of the head, the layers that read the features included, and nothing of the backbone."""
-    _, found = gradients(make(tiny_checkpoint, tune="head"))
+    _, found = gradients(checkpoint, tune="head")
     assert all(name.startswith("action_head.") for name in found)
     for part in ("vlln", "vl_self_attention", "model.transformer_blocks.0.attn1.to_k", "state_encoder", "action_decoder"):
         own = [x for name, x in found.items() if name.startswith(f"action_head.{part}")]
-        assert own and any(x.abs().max() > 0 for x in own), part  # the stand-in statistics make the state 0
-    _, found = gradients(make(tiny_checkpoint, tune="all"))
+        assert own and any(x.abs().max() > 0 for x in own), part  # the blank statistics make the state 0
+    _, found = gradients(checkpoint, tune="all")
     assert any(name.startswith("backbone.vision_model") and x.abs().max() > 0 for name, x in found.items())
 
 
-def test_bfloat16_backbone(tiny_checkpoint):
-    _, plain = gradients(make(tiny_checkpoint, tune="head"))
-    _, found = gradients(make(tiny_checkpoint, tune="head", backbone_bf16=True))
+def test_bfloat16_backbone(checkpoint):
+    _, plain = gradients(checkpoint, tune="head")
+    _, found = gradients(checkpoint, tune="head", precision="bf16")
     assert not torch.equal(flat(found), flat(plain))
     assert torch.cosine_similarity(flat(found), flat(plain), 0) > 0.99
-    with pytest.raises(UsageError, match="--backbone-bf16.*--tune head"):
-        make(tiny_checkpoint, tune="all", backbone_bf16=True)
 
 
-def test_augmentation_is_drawn_once_per_sample(tiny_checkpoint):
+def test_augmentation_is_drawn_once_per_sample(checkpoint):
     """It changes the gradient; how a batch is cut does not: every sample keeps its own draw."""
-    _, plain = gradients(make(tiny_checkpoint))
-    loss, found = gradients(make(tiny_checkpoint), augment=True)
-    other, cut = gradients(make(tiny_checkpoint, micro_batch_size=4), augment=True)
+    _, plain = gradients(checkpoint)
+    loss, found = gradients(checkpoint, augment=True)
+    other, cut = gradients(checkpoint, augment=True, micro_batch_size=4)
     assert (flat(found) - flat(plain)).norm() > 0.05 * flat(plain).norm()
     assert other == pytest.approx(loss, rel=1e-5) and (flat(cut) - flat(found)).norm() < 1e-5 * flat(found).norm()
 
 
-def test_augmentation_by_default_at_full_size(tiny_checkpoint):
-    def resolved(**flags):
-        return resolve(Args(device="cpu", **flags)).augment
-
-    assert resolved() == resolved(checkpoint=str(tiny_checkpoint)) == "off"
-    assert resolved(checkpoint="nvidia/GR00T-N1.5-3B") == "on"
-    assert resolved(checkpoint=str(tiny_checkpoint), augment="on") == "on"
-    assert resolved(checkpoint="nvidia/GR00T-N1.5-3B", augment="off") == "off"
-
-
-def test_a_task_without_an_expert():
-    with pytest.raises(UsageError, match="^--task Isaac-Humanoid: has no expert to learn from; Tabletop-Lift-Cube-v0 has$"):
-        resolve(Args(task="Isaac-Humanoid", device="cpu"))
-    assert resolve(Args(task="Isaac-Humanoid", device="cpu", checkpoint="x", evaluate=True)).task == "Isaac-Humanoid"
+def test_the_other_embodiments_are_left_alone(checkpoint, tmp_path):
+    args = given(checkpoint)
+    policy, g = Gr00tActor(args), torch.Generator().manual_seed(3)
+    optimizer = torch.optim.AdamW(policy.trainable(), 1e-2)
+    backward(policy, demonstrations(4, g), draw(args, policy, 4, 4, g))
+    optimizer.step()
+    policy.save(tmp_path / "new")
+    old, new = (Gr00tN1d5.from_pretrained(x).action_head.action_decoder.layer2.W for x in (checkpoint, tmp_path / "new"))
+    assert [i for i in range(32) if not torch.equal(old[i], new[i])] == [31]  # the new_embodiment's
 
 
 # ---------------------------------------------------------------- several processes
 
 STEPS, CLIP, BATCH = 3, 0.05, 12
-AVERAGED = {"plain": {"max_grad_norm": 1e9}, "clipped": {"max_grad_norm": CLIP}}
-SHARDED = {
-    "plain": {"fsdp": True, "max_grad_norm": 1e9},
-    "clipped": {"fsdp": True, "max_grad_norm": CLIP, "activation_checkpointing": True, "micro_batch_size": 4},
-}
+AVERAGED = {"plain": {}, "clipped": {}}
+SHARDED = {"plain": {"fsdp": True}, "clipped": {"fsdp": True, "activation_checkpointing": True, "micro_batch_size": 4}}
 VARIANTS = {f"{kind} averaged": x for kind, x in AVERAGED.items()} | {f"{kind} sharded": x for kind, x in SHARDED.items()}
 
 
-def of_rank(rank: int, chunk: int) -> Demonstrations:
+def of_rank(rank: int) -> TensorDict:
     """Ranks keep different numbers of demonstrations: some episodes fail."""
-    return demonstrations(20 - 3 * rank, chunk, torch.Generator().manual_seed(3 + rank))
+    return demonstrations(20 - 3 * rank, torch.Generator().manual_seed(3 + rank))
+
+
+def act(policy: Gr00tActor) -> Tensor:
+    obs = demonstrations(6, torch.Generator().manual_seed(9)).exclude("action")
+    return policy.act(obs, Noise("cpu", Ranks(0, 1), 0))["action"]
 
 
 def train_in_two(rank: int, port: int, checkpoint: Path, folder: Path) -> None:
@@ -124,6 +129,8 @@ def train_in_two(rank: int, port: int, checkpoint: Path, folder: Path) -> None:
     Notes the gradients of each optimizer step and what the averaged weights do after it.
     """
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ["WANDB_MODE"] = "disabled"
+    os.chdir(folder)
     torch.set_num_threads(1)
     ranks, found = Ranks.start("cpu"), {}
     step = torch.optim.AdamW.step
@@ -135,50 +142,40 @@ def train_in_two(rank: int, port: int, checkpoint: Path, folder: Path) -> None:
         return step(optimizer, *args, **kwargs)
 
     def evaluate(args, env, policy, ranks):
-        assert isinstance(policy, Gr00tPolicy)
-        note["actions"].append(policy.act(observation()).action)
-        return {}
+        note["actions"].append(act(policy))
+        return {"mean": 0.0, "low": 0.0, "high": 0.5, "episodes": 8}
 
     torch.optim.AdamW.step, sft_gr00t.evaluate = noted, evaluate
+    sft_gr00t.collect = lambda *_: of_rank(rank)
     for name, flags in VARIANTS.items():
         note = found[name] = {"gradients": [], "actions": [], "local": []}
-        common = {"steps": STEPS, "batch_size": BATCH, "eval_every": 1, "exp_name": name}
-        args = resolve(Args(checkpoint=str(checkpoint), device="cpu", num_envs=8, **common, **flags))
-        policy = make_policy(args, TEXTS)
-        sft_gr00t.collect = lambda *_, chunk=policy.chunk: of_rank(rank, chunk)
-        env = SimpleNamespace(images=lambda: torch.zeros(1, 1, 64, 64, 3), task=TASKS[args.task])
-        logger = RunLogger(folder / name, {}, script=__file__, total_iterations=STEPS, track=False, is_main=rank == 0)
-        sft_gr00t.train(args, env, policy, logger, ranks, TEXTS)
-        logger.close()
+        sft_gr00t.MAX_GRAD_NORM = CLIP if name.startswith("clipped") else 1e9
+        args = given(checkpoint, steps=STEPS, batch_size=BATCH, eval_every=1, exp_name=name.replace(" ", "_"), **flags)
+        policy = Gr00tActor(args)
+        with Run(vars(args), sft_gr00t.__file__, ranks, args.exp_name, STEPS, "cpu") as run:
+            sft_gr00t.train(args, SimpleNamespace(task=TASKS[args.task]), policy, run, ranks)
         weights = list(policy.net.parameters())
         for _ in range(2):  # what has been gathered once must not be used again
-            note["actions"].append(policy.act(observation()).action)
+            note["actions"].append(act(policy))
             with torch.no_grad():
                 torch._foreach_mul_(weights, 1.01)
     torch.save(found, folder / f"{rank}.pt")
-    ranks.stop()
-
-
-def observation() -> Observation:
-    g = torch.Generator().manual_seed(9)
-    images = torch.randint(256, (6, 1, 64, 64, 3), generator=g, dtype=torch.uint8)
-    return Observation(images, torch.randn(6, 5, generator=g), torch.arange(6) % 2)
 
 
 @pytest.fixture(scope="module")
-def two(tiny_checkpoint, tmp_path_factory):
-    """The folder of two processes that trained together, and what each of them noted."""
+def two(checkpoint, tmp_path_factory):
+    """The folder of the runs of two processes that trained together, and what each of them noted."""
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    jobs = [warm.CONTEXT.Process(target=train_in_two, args=(rank, port, tiny_checkpoint, folder)) for rank in range(2)]
+    jobs = [warm.CONTEXT.Process(target=train_in_two, args=(rank, port, checkpoint, folder)) for rank in range(2)]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join(300)
         assert job.exitcode == 0
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return folder / "runs", [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def apart(a: list[Tensor], b: list[Tensor]) -> float:
@@ -187,20 +184,16 @@ def apart(a: list[Tensor], b: list[Tensor]) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def test_gradients_are_those_of_both_ranks_batches(tiny_checkpoint, two):
+def test_gradients_are_those_of_both_ranks_batches(checkpoint, two):
     """The first step's, against one process that holds the union of the demonstrations and both halves of the batch."""
-    policy = make(tiny_checkpoint)
-    shares = [of_rank(rank, policy.chunk) for rank in range(2)]
-    state, action = (torch.cat([getattr(x, name) for x in shares]) for name in ("state", "action"))
-    args = Args(checkpoint=str(tiny_checkpoint))
-    processor = (policy.net.config, state, action.flatten(0, 1), {}, policy.processor.tokenizer)
-    policy.processor = sft_gr00t.make_processor(args, *processor)
+    args = given(checkpoint)
+    policy, shares = Gr00tActor(args), [of_rank(rank) for rank in range(2)]
+    state, action = torch.cat([x["state"] for x in shares]), torch.cat([x["action"].flatten(0, 1) for x in shares])
+    policy.processor = make_processor(args, policy.net.config, policy.processor.tokenizer, state, action)
     for rank, demos in enumerate(shares):
         g = torch.Generator().manual_seed(args.seed + 1_000_003 * rank)
-        rows = torch.randint(len(demos.state), (BATCH // 2,), generator=g)
-        noise = torch.randn(len(rows), policy.chunk, policy.net.config.action_dim, generator=g)
-        backward(policy, demos, rows, noise, policy.net.action_head.sample_time(len(rows), g))  # adds up
-    parameters = [p for p in policy.net.parameters() if p.requires_grad]
+        backward(policy, demos, draw(args, policy, len(demos), BATCH // 2, g))  # adds up
+    parameters = policy.trainable()
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad / 2
     for kind, most in (("plain", 1e9), ("clipped", CLIP)):
@@ -228,23 +221,24 @@ def test_sharded_training_is_averaged_training(two, kind):
             assert torch.equal(a["actions"][i], notes[0][name]["actions"][i])
             assert i == 0 or (a["actions"][i] - a["actions"][i - 1]).abs().max() > 1e-3
     assert sum(notes[rank][name]["local"][0] for rank in range(2)) == whole
-    logs = [(folder / name / "metrics.jsonl").read_text().splitlines() for name in VARIANTS]
-    assert all(len(log) == STEPS for log in logs)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_sharded_weights_are_saved_whole(two, name):
+    """And what was evaluated before the last step is kept, too."""
     folder, notes = two
-    path = folder / name / "checkpoints" / "last"
-    averaged = folder / f"{name.split()[0]} averaged" / "checkpoints" / "last"
-    files = {p.name for p in averaged.iterdir()}
-    assert {p.name for p in path.iterdir()} == files and "model.safetensors" in files
-    net, other = (Gr00tN1d5.from_pretrained(p) for p in (path, averaged))
+    saved = folder / name.replace(" ", "_") / "checkpoints"
+    assert {p.name for p in saved.iterdir()} == {"last", *(f"step_{i + 1:06d}" for i in range(STEPS - 1))}
+    averaged = folder / f"{name.split()[0]}_averaged" / "checkpoints" / "last"
+    net, other = (Gr00tN1d5.from_pretrained(p) for p in (saved / "last", averaged))
     assert {n: p.shape for n, p in net.named_parameters()} == {n: p.shape for n, p in other.named_parameters()}
     assert apart(list(net.parameters()), list(other.parameters())) < 1e-5
     flags = {k: v for k, v in VARIANTS[name].items() if k != "fsdp"}
-    args = resolve(Args(checkpoint=str(path), device="cpu", evaluate=True, exp_name="x", **flags))
-    assert torch.equal(make_policy(args, TEXTS).act(observation()).action, notes[0][name]["actions"][STEPS - 1])
+    policy = Gr00tActor(given(saved / "last", evaluate=True, **flags))
+    assert torch.equal(act(policy), notes[0][name]["actions"][STEPS - 1])
+
+
+# ---------------------------------------------------------------- the command line
 
 
 @pytest.mark.parametrize(
@@ -254,10 +248,25 @@ def test_sharded_weights_are_saved_whole(two, name):
         (2, {"fsdp": True, "tune": "head"}, "--fsdp:", "--tune all"),
         (4, {"num_envs": 30}, "--num-envs 30:", "4 ranks"),
         (4, {"batch_size": 30}, "--batch-size 30:", "4 ranks"),
+        (1, {"precision": "bf16"}, "--precision bf16:", "--tune head"),
+        (1, {"task": "Isaac-Humanoid"}, "--task Isaac-Humanoid:", "Tabletop-Lift-Cube-v0"),
+        (1, {"evaluate": True}, "--evaluate:", "--checkpoint"),
     ],
 )
-def test_what_ranks_cannot_share(world, flags, start, remedy, monkeypatch):
+def test_what_cannot_work(world, flags, start, remedy, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    with pytest.raises(UsageError) as caught:
-        resolve(Args(device="cpu", **flags))
+    with pytest.raises(SystemExit) as caught:
+        check(Args(device="cpu", **flags))
     assert str(caught.value).startswith(start) and remedy in str(caught.value)
+    if "task" in flags:
+        assert check(Args(task="Isaac-Humanoid", checkpoint="x", evaluate=True))  # which needs no expert
+
+
+def test_augmentation_by_default_at_full_size(checkpoint, monkeypatch):
+    def parsed(*flags: str) -> bool:
+        monkeypatch.setattr("sys.argv", ["sft_gr00t.py", *flags])
+        return sft_gr00t.parse().augment
+
+    full = ("--checkpoint", "nvidia/GR00T-N1.5-3B")
+    assert not parsed() and not parsed("--checkpoint", str(checkpoint)) and parsed(*full)
+    assert parsed("--augment") and not parsed(*full, "--no-augment")

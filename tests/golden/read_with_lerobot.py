@@ -29,7 +29,7 @@ def write(folder: Path, checkpoint: str | None) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5
+    from gr00t_n1d5.network import Gr00tConfig, Gr00tN1d5
 
     torch.manual_seed(0)
     batch, views = 3, 2
@@ -90,7 +90,7 @@ def read(folder: Path) -> None:
     from safetensors.torch import load_file
     from transformers import PreTrainedModel
 
-    from gr00t_n1d5 import Gr00tConfig
+    from gr00t_n1d5.network import Gr00tConfig
 
     root = Path(distribution("lerobot").locate_file("lerobot"))
     for name in ("policies", "policies.groot"):  # whose package files import every policy
