@@ -104,10 +104,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.1, "fp8": 0.1}  # on |ratio - 1| before the
 def parse() -> Args:
     """The command line, over the settings of the run to resume or of a checkpoint's size."""
     args = tyro.cli(Args)
-    try:
-        default = saved_args(args.resume, Args) if args.resume else FULL if is_full_size(args.checkpoint) else Args()
-    except FileNotFoundError as error:
-        raise SystemExit(f"--checkpoint {error}") from error
+    default = saved_args(args.resume, Args) if args.resume else FULL if is_full_size(args.checkpoint) else Args()
     return check(tyro.cli(Args, default=default))
 
 

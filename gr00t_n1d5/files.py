@@ -140,9 +140,11 @@ def resolve_folder(path: str | Path, local_files_only: bool = False) -> Path:
 
 
 def is_full_size(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint has the full network (a hub id is taken to). Raises FileNotFoundError as `local_folder` does."""
-    folder = local_folder(checkpoint)
+    """Whether --checkpoint has the full network (a hub id is taken to); refuses what is no checkpoint."""
     try:
+        folder = local_folder(checkpoint)
         return folder is None or read_json(folder / "config.json")["action_head_cfg"]["hidden_size"] >= 512
+    except FileNotFoundError as error:
+        raise SystemExit(f"--checkpoint {error}") from error
     except (ValueError, KeyError, TypeError):
         return True  # refused in words where it is loaded
