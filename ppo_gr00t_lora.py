@@ -129,10 +129,11 @@ def parse() -> Args:
 
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
-    task, _ = find_task(args.task), parse_schedule(args)
+    task = find_task(args.task)
     names = "num_envs iterations save_every denoise_steps noise_level learning_rate clip epochs minibatches micro_batch_size"
     names += " critic_lr critic_epochs lora_rank llm_layers"
     check_positive(**{name: getattr(args, name) for name in names.split()}, chunk=args.chunk, max_memory_gb=args.max_memory_gb)
+    parse_schedule(args)
     if args.kl_coef < 0:
         raise SystemExit(f"--kl-coef {args.kl_coef}: a negative weight drives the policy away from the base; use 0 or more")
     for name, value in (("gamma", args.gamma), ("gae-lambda", args.gae_lambda)):

@@ -96,7 +96,7 @@ def run_all(args: Args, out: Path) -> None:
             with open(log, "w") as stream:
                 process = subprocess.Popen(command(args, method, seed), cwd=out, env=environment, stdout=stream, stderr=stream)
             running[process] = (f"{method}-s{seed}", time.time(), log)
-        time.sleep(0.5)
+        time.sleep(0.1)
         for process in [p for p in running if p.poll() is not None]:
             name, start, log = running.pop(process)
             print(f"{name}: {time.time() - start:.0f} s", flush=True)

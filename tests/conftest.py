@@ -17,7 +17,7 @@ from tests import assets
 os.environ["ISAACSIM_ASSET_ROOT"] = str(assets.mirror())
 
 # whole files go to the workers, in this order: the longest ones first, so that the workers end together
-LONGEST = "ppo_runs runs ppo_lora_runs ppo_gr00t_runs ppo_rgb tabletop assets scripts sft".split()
+LONGEST = "runs ppo_gr00t_runs ppo_runs ppo_rgb gr00t_tasks assets ppo_lora gpu_paths scripts sft tabletop".split()
 
 
 def pytest_collection_modifyitems(items):

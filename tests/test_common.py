@@ -390,6 +390,19 @@ def test_names_of_runs(tmp_path, monkeypatch):
     assert common.run_name(None, "grpo", resume="runs/mine/") == "mine"
 
 
+def test_devices(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert common.pick_device("auto") == common.pick_device("cpu") == "cpu"
+    for device, why in (("cuda:1", "torch sees no CUDA GPU here; use --device cpu"), ("gpu", "must be cpu, cuda")):
+        with pytest.raises(SystemExit, match=f"^--device {device}: {why}"):
+            common.pick_device(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert common.pick_device("auto") == "cuda:0" and common.pick_device("cuda:3") == "cuda:3"
+    monkeypatch.setenv("LOCAL_RANK", "1")  # every rank takes its own, though rank 0's is in a resumed run's arguments
+    assert common.pick_device("cuda:0") == common.pick_device("auto") == "cuda:1" and common.pick_device("cpu") == "cpu"
+
+
 @dataclass
 class Flags:
     rate: float = 0.1

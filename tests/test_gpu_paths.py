@@ -19,15 +19,13 @@ from tests.test_grpo_math import ALONE, observation, perturb
 
 every_script = pytest.mark.parametrize("module", [grpo_gr00t, ppo_gr00t_frozen, ppo_gr00t_lora], ids=lambda m: m.__name__)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-both = pytest.mark.parametrize("explore", [False, True])
 
 
 def make(module, checkpoint, device="cpu", **flags):
     return module.Gr00tActor(module.Args(checkpoint=str(checkpoint), device=device, **flags))
 
 
-@every_script
-@both
+@pytest.mark.parametrize("module, explore", [(grpo_gr00t, False), (grpo_gr00t, True), (ppo_gr00t_lora, True)])
 def test_sampling_is_one_graph(module, tiny_checkpoint, explore):
     """Without a break on the way, a GPU captures it whole; other inputs and other weights are seen."""
     policy, noise = make(module, tiny_checkpoint), Noise("cpu", ALONE, 1)
@@ -44,13 +42,27 @@ def test_sampling_is_one_graph(module, tiny_checkpoint, explore):
 
 
 @every_script
-@both
+@pytest.mark.parametrize("explore", [False, True])
 def test_micro_batches_do_not_change_the_actions(module, tiny_checkpoint, explore):
     """Every row keeps its own noise."""
     policy, found = make(module, tiny_checkpoint), []
     for policy.micro_batch_size in (8, 3):
         found.append(policy.act(observation(8), Noise("cpu", ALONE, 1), explore))
     assert all(torch.allclose(found[0][name].float(), found[1][name].float(), atol=1e-4) for name in found[0].keys())
+
+
+def test_micro_batches_may_share_their_memory(tiny_checkpoint):
+    """A CUDA graph writes the outputs of every call to the same place."""
+    policy, place = make(grpo_gr00t, tiny_checkpoint, micro_batch_size=4), []
+    expected = policy.act(observation(8), Noise("cpu", ALONE, 1), explore=True)
+
+    def replay(part: TensorDict, plain=policy.denoise) -> TensorDict:
+        place.append(plain(part))
+        return place[0].update_(place[-1])
+
+    policy.denoise = replay
+    found = policy.act(observation(8), Noise("cpu", ALONE, 1), explore=True)
+    assert len(place) == 2 and all(torch.equal(found[name], expected[name]) for name in expected.keys())
 
 
 @on_gpu

@@ -49,7 +49,7 @@ def test_stages_begin_at_shares_of_the_run():
         args = tyro.cli(ppo_gr00t_lora.Args, args=bench.command(Args(iterations=iterations), "ppo-unfreeze", 1)[2:])
         stages = [(stage.name, stage.start, stage.learning_rate) for stage in ppo_gr00t_lora.parse_schedule(args)]
         rest = zip(("vl", "llm", "vision"), starts, (args.learning_rate, 1e-4, 1e-4))
-        assert stages == [("head", 3, args.learning_rate), *rest]
+        assert sorted(stages) == sorted([("head", 3, args.learning_rate), *rest])
 
 
 def test_more_flags_for_a_method():
@@ -75,7 +75,7 @@ if behaviour == "fails":
     sys.exit("--clip 9: too large")
 if behaviour == "hangs":
     time.sleep(60)
-time.sleep(0.3)
+time.sleep(0.1)
 folder = Path("runs") / name
 folder.mkdir(parents=True)
 (folder / "summary.json").write_text(json.dumps({"span": [began, time.time()], "checkpoint": flags["--checkpoint"]}))

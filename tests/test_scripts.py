@@ -213,7 +213,8 @@ def test_stock_tasks_that_cannot_be_trained(monkeypatch):
     assert "ppo_isaac.py is for those" in refused("Isaac-Cartpole-Direct", images=True)
     assert "newton_mjwarp" in refused("Isaac-Cartpole-Direct", physics="bullet")
     assert "presets=nonsense" in refused("Isaac-Cartpole-Direct", "presets=nonsense")
-    assert "has no env.decimatoin" in refused("Isaac-Cartpole-Direct", "+env.decimatoin=2")
+    assert "the task has no env.decimatoin" in refused("Isaac-Cartpole-Direct", "env.decimatoin=2")
+    assert "env.decimation is a number" in refused("Isaac-Cartpole-Direct", "env.decimation=two")
     for task, known in (("Isaac-Cartpole-Direct", "policy"), ("Isaac-Lift-Franka", "proprio")):
         text = refused(task, groups={"--obs-groups": ("policy", "privileged")})
         assert text.startswith("--obs-groups privileged:") and known in text
@@ -227,8 +228,8 @@ def test_stock_tasks_that_cannot_be_trained(monkeypatch):
 HOT = set(
     "rollout advantages make_batch scaled_rewards update grpo_loss ppo_loss value_loss backward act denoise executed log_prob "
     "evaluate base_mean critic_input features encode velocity unnormalize value entropy kl step step_chunk observe take "
-    "begin finished mean sum max"
-).split()
+    "begin finished mean sum max".split()
+)
 
 
 @pytest.mark.parametrize("file", [*TRAINING, "common.py", "gr00t_n1d5/policy.py", "tasks/stock.py"])
@@ -238,7 +239,7 @@ def test_no_host_sync_in_hot_functions(file):
     functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in HOT and n.name != "evaluate"]
     for owner in (n for n in tree.body if isinstance(n, ast.ClassDef)):
         functions += [m for m in owner.body if isinstance(m, ast.FunctionDef) and m.name in HOT]
-    assert len(functions) >= 2
+    assert functions
     for function in functions:
         for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
             method = isinstance(call.func, ast.Attribute)
