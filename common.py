@@ -411,9 +411,9 @@ class Metrics:
 
     def __init__(self, device: Any, ranks: Ranks):
         self.device, self.ranks = device, ranks
-        self._tables: dict[str, dict[str, Any]] = {"mean": {}, "sum": {}, "max": {}}
+        self._tables: dict[str, dict[str, Any]] = {"mean": {}, "count": {}, "sum": {}, "max": {}}
 
-    def _add(self, kind: str, name: str, x: Tensor) -> None:
+    def _add(self, kind: str, name: str, x: Any) -> None:
         old = self._tables[kind].get(name)
         self._tables[kind][name] = x if old is None else old.maximum(x) if kind == "max" else old + x
 
@@ -427,20 +427,22 @@ class Metrics:
         import torch
 
         x = x.detach().float()
-        count = torch.ones_like(x) if where is None else where.float()
         x = x if where is None else torch.where(where, x, 0.0)
-        both = torch.stack([x.reshape(-1), count.reshape(-1)])  # (2, n)
-        self._add("mean", name, both.sum(1, keepdim=True))
+        self._add("mean", name, x.sum())
+        self._add("count", name, x.numel() if where is None else where.sum())
         if by is not None:
-            self._add("mean", f"{name}_k", both.new_zeros(2, by[1]).index_add(1, by[0].reshape(-1), both))
+            k, n = by[0].reshape(-1), by[1]
+            count = torch.ones_like(x) if where is None else where.float()
+            self._add("mean", f"{name}_k", x.new_zeros(n).index_add(0, k, x.reshape(-1)))
+            self._add("count", f"{name}_k", x.new_zeros(n).index_add(0, k, count.reshape(-1)))
 
     def sum(self, name: str, x: Tensor) -> None:
         """Sum of x, of any shape."""
-        self._add("sum", name, x.detach().float().sum().reshape(1))
+        self._add("sum", name, x.detach().float().sum())
 
     def max(self, name: str, x: Tensor) -> None:
         """Largest number of x, of any shape."""
-        self._add("max", name, x.detach().float().max().reshape(1))
+        self._add("max", name, x.detach().float().max())
 
     def read(self) -> dict[str, float]:
         """Everything as numbers, the same on every rank; a mean over nothing is left out.
@@ -449,23 +451,25 @@ class Metrics:
         """
         import torch
 
-        shapes: dict[str, dict[str, Any]] = {kind: {} for kind in self._tables}
-        for other in self.ranks.gather({k: {n: tuple(x.shape) for n, x in t.items()} for k, t in self._tables.items()}):
-            for kind, found in other.items():  # a rank without samples lacks some
-                shapes[kind] |= found
-        flat = {}
-        for kind, empty in (("mean", 0.0), ("sum", 0.0), ("max", -math.inf)):
-            own = [self._tables[kind].get(n, torch.full(s, empty, device=self.device)) for n, s in sorted(shapes[kind].items())]
-            flat[kind] = torch.cat([x.flatten() for x in own]) if own else torch.zeros(0, device=self.device)
-        sums = self.ranks.reduce(torch.cat([flat["mean"], flat["sum"]]))
-        host = iter(torch.cat([sums, self.ranks.reduce(flat["max"], maximum=True)]).tolist())  # the transfer
-        metrics = {}
-        for name, (_, groups) in sorted(shapes["mean"].items()):
-            totals, counts = ([next(host) for _ in range(groups)] for _ in range(2))
-            for i, (total, count) in enumerate(zip(totals, counts)):
+        own = {(kind, name): getattr(x, "shape", ()) for kind, table in self._tables.items() for name, x in table.items()}
+        shapes: dict[tuple[str, str], Any] = {}
+        for other in self.ranks.gather(own):  # a rank without samples lacks some
+            shapes |= other
+        sizes = {key: math.prod(shape) for key, shape in shapes.items()}
+        order = sorted(sizes, key=lambda key: (key[0] == "max", key))
+        flat: dict[bool, list[Tensor]] = {False: [], True: []}  # to add over the ranks, and to take the largest of
+        for kind, name in order:
+            x = self._tables[kind].get(name, -math.inf if kind == "max" else 0.0)
+            x = x if hasattr(x, "numel") else torch.full((sizes[kind, name],), float(x), device=self.device)
+            flat[kind == "max"].append(x.reshape(-1).float())
+        parts = [self.ranks.reduce(torch.cat(xs), maximum) for maximum, xs in flat.items() if xs]
+        host = iter(torch.cat(parts).tolist()) if parts else iter(())  # the transfer
+        found = {key: [next(host) for _ in range(sizes[key])] for key in order}
+        metrics = {name: values[0] for (kind, name), values in found.items() if kind in ("sum", "max")}
+        for (kind, name), totals in found.items():
+            for i, (total, count) in enumerate(zip(totals, found["count", name])) if kind == "mean" else ():
                 if count:
                     metrics[f"{name}{i}" if name.endswith("_k") else name] = total / count
-        metrics |= {name: next(host) for kind in ("sum", "max") for name in sorted(shapes[kind])}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             raise SystemExit(f"{', '.join(bad)} became nan or inf: lower --learning-rate or --clip, then --resume")
@@ -749,6 +753,7 @@ PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("loss", {"update/loss": "loss"}),
     ("steps per second", {"sps/env": "env", "sps/policy": "env + policy", "sps/train": "everything"}),
 )
+LOGGERS = ("common", "tasks", "gr00t_n1d5")  # of the repo's own modules
 
 
 class Run:
@@ -781,7 +786,8 @@ class Run:
             iterations: of the whole run, for the display.
             console: a rich Console; None: the terminal, if there is one.
         """
-        self.dir, self.is_main, self.device = Path("runs") / ranks.broadcast(name), ranks.rank == 0, device
+        self.dir = Path(args["resume"]) if args.get("resume") else Path("runs") / ranks.broadcast(name)
+        self.is_main, self.device = ranks.rank == 0, device
         self.args, self.script, self.ranks, self.iterations = args, Path(script).resolve(), ranks, iterations
         self.state: dict[str, Any] = {"iteration": 0, "elapsed": 0.0, "stages": {}, "best": -math.inf, "results": {}}
         self.wandb: Any = None
@@ -815,7 +821,7 @@ class Run:
             raise SystemExit(f"--exp-name {self.dir.name}: cannot write {self.dir} ({error.strerror or error})") from error
         handler = logging.Handler()  # what the repo's own modules log becomes events
         handler.emit = lambda record: self.event(record.getMessage())  # type: ignore[method-assign]
-        for name in ("common", "tasks", "gr00t_n1d5"):
+        for name in LOGGERS:
             logger = logging.getLogger(name)
             logger.handlers, logger.propagate = [handler], False
             logger.setLevel(logging.INFO)
@@ -854,6 +860,8 @@ class Run:
             self._write_log(f"stopped: {kind.__name__}: {error}")
         self._wandb_do(lambda run: run.finish(exit_code=int(error is not None)))
         self.wandb = None
+        for name in LOGGERS:  # nobody listens any more
+            logging.getLogger(name).handlers = []
         self._metrics.close()
         self._log.close()
 

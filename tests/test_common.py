@@ -385,6 +385,8 @@ def test_names_of_runs(tmp_path, monkeypatch):
     (tmp_path / "runs/mine").mkdir()
     assert common.run_name("mine") == "mine"  # nothing in it yet
     (tmp_path / "runs/mine/metrics.jsonl").touch()
+    assert common.run_name("mine") == "mine"  # it ended before its first iteration
+    (tmp_path / "runs/mine/metrics.jsonl").write_text("{}\n")
     with pytest.raises(SystemExit, match="^--exp-name mine: that run exists; .* --resume runs/mine$"):
         common.run_name("mine")
     assert common.run_name(None, "grpo", resume="runs/mine/") == "mine"
@@ -489,7 +491,7 @@ def test_provenance(tmp_path):
     assert common.provenance(tmp_path / "repo", "cpu")["git_dirty"] is True
 
 
-def test_resume_goes_on_in_the_files_of_the_old_run(capsys):
+def test_resume_goes_on_in_the_files_of_the_old_run(tmp_path, monkeypatch):
     weight = torch.ones(2, requires_grad=True)
     optimizer = torch.optim.AdamW([weight], 0.1)
     with make() as run:
@@ -507,7 +509,10 @@ def test_resume_goes_on_in_the_files_of_the_old_run(capsys):
     with open(run.dir / "metrics.jsonl", "a") as f:
         f.write('{"iteration": 4, "update/lo')  # SIGKILL in the middle of a line
     again, loaded = torch.optim.AdamW([weight], 0.1), []
-    with make(resume="runs/mine", lr=0.5) as run:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with make(resume=str(tmp_path / "runs/mine"), lr=0.5) as run:
+        assert not (tmp_path / "elsewhere/runs").exists()
         assert run.restore(lambda folder: loaded.append((folder / "weights").read_text())) == 3 and loaded == ["3"]
         run.restore_optimizer(again)
         assert torch.equal(again.state[weight]["exp_avg"], first)
@@ -593,6 +598,7 @@ def test_kernel_path_line_reaches_the_log(monkeypatch, capsys):
     monkeypatch.setattr(common, "_named", set())
     with make() as run:
         common.group_advantages(torch.arange(4.0), 2)
+    common.gae(*rollout(2, 2, 0), 0.9, 0.9)  # after the run: nobody listens, nothing breaks
     assert (run.dir / "log.txt").read_text().endswith("group_advantages: torch path (cpu)\n")
 
 

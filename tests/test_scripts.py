@@ -64,15 +64,16 @@ def test_every_field_is_read_where_it_is_declared_and_explained(script):
     """As args.<name>, or by a getattr over a list of names; checking it alone does not count."""
     tree, lines, found = tree_of(script), (ROOT / script).read_text().split("\n"), set()
     for statement in tree.body:
-        if {"Args", "check"} & set(copies.names_of(statement)):
+        names = copies.names_of(statement)
+        if {"Args", "check"} & set(names):
             continue
         calls = [n for n in ast.walk(statement) if isinstance(n, ast.Call) and ast.unparse(n.func) == "getattr"]
-        by_name = any(ast.unparse(call.args[0]) == "args" for call in calls)
+        listed = names == ["NETWORK"] or any(ast.unparse(call.args[0]) == "args" for call in calls)
         for node in ast.walk(statement):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args", "asked"):
                 found.add(node.attr)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and (by_name or copies.names_of(statement)):
-                found.update(node.value.split() if by_name or copies.names_of(statement) == ["NETWORK"] else ())
+            elif listed and isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.update(node.value.split())
     assert not set(fields_of(script)) - found
     body = copies.find(tree, "Args").body
     assert not [n.target.id for n in body if isinstance(n, ast.AnnAssign) and "  # " not in lines[n.end_lineno - 1]]

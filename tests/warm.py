@@ -17,12 +17,12 @@ import tempfile
 from pathlib import Path
 
 LIBRARIES = (
-    "torch._dynamo torch.distributed.fsdp torch.distributed.checkpoint.state_dict torch.utils.checkpoint tensordict peft wandb "
-    "rich.live "
-    "transformers.models.qwen2 transformers.models.qwen3.modeling_qwen3 transformers.models.siglip.modeling_siglip "
-    "mujoco.rollout mujoco_warp newton isaaclab.app isaaclab.envs isaaclab.controllers isaaclab.sensors isaaclab.terrains "
-    "isaaclab_newton.assets isaaclab_newton.cloner isaaclab_newton.physics isaaclab_newton.renderers isaaclab_newton.sim "
-    "isaaclab_tasks isaaclab_tasks.utils matplotlib.figure matplotlib.backends.backend_agg PIL.GifImagePlugin"
+    "torch._dynamo torch.distributed.fsdp torch.distributed.checkpoint.state_dict torch.utils.checkpoint tensordict peft "
+    "wandb rich.live transformers.models.qwen2 transformers.models.qwen3.modeling_qwen3 "
+    "transformers.models.siglip.modeling_siglip mujoco.rollout mujoco_warp newton isaaclab.app isaaclab.envs "
+    "isaaclab.controllers isaaclab.sensors isaaclab.terrains isaaclab_newton.assets isaaclab_newton.cloner "
+    "isaaclab_newton.physics isaaclab_newton.renderers isaaclab_newton.sim isaaclab_tasks isaaclab_tasks.utils "
+    "matplotlib.figure matplotlib.backends.backend_agg PIL.GifImagePlugin"
 ).split()
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(LIBRARIES)
