@@ -812,7 +812,7 @@ class Run:
                 self._optimizer = self.state.pop("optimizer")
             except Exception as error:  # torch.load has many kinds
                 self._damaged(error)
-        self._start, self._begin = time.monotonic(), self.state["iteration"]
+        self._start, self._loop, self._begin = time.monotonic(), None, self.state["iteration"]
         if not self.is_main:
             return self
         try:
@@ -928,6 +928,8 @@ class Run:
         state["stages"] = {name: value + state["stages"].get(name, 0.0) for name, value in stages.items()}
         if not self.is_main:
             return
+        if self._loop is None:  # now that the simulator has started and the first evaluation is over
+            self._loop = time.monotonic() - sum(stages.values())
         speeds = {f"sps/{name}": value for name, value in steps_per_second(steps, stages).items() if steps}
         times = {f"time/{name}": value for name, value in stages.items()} | {"time/elapsed": self.elapsed()}
         numbers = {k: float(x) for k, x in metrics.items()} | speeds | times
@@ -957,7 +959,7 @@ class Run:
         fields = [("iteration", f"{done}/{self.iterations}")]
         fields += [(label, form(metrics[key])) for key, label, form in FIELDS if key in metrics]
         here = done - self._begin  # iterations of this process
-        seconds = (time.monotonic() - self._start) / max(here, 1) * max(self.iterations - done, 0)
+        seconds = (time.monotonic() - self._loop) / max(here, 1) * max(self.iterations - done, 0)
         return [*fields, ("ETA", hms(seconds))]
 
     def _block(self) -> Any:

@@ -564,7 +564,7 @@ def test_checkpoints_are_whole_and_the_latest_two_stay():
 
 def test_plain_line_and_events(capsys):
     with make() as run:
-        run._start -= 100.0  # as if the first iteration had taken 100 s: 9 more are 900 s
+        run._start = run._loop = run._start - 100.0  # as if the first iteration had taken 100 s: 9 more are 900 s
         run.log(0, METRICS, STAGES, 1000)
         run.event("saved [checkpoint]")
         run.log(1, {"update/loss": 1.0}, {}, 1000)
