@@ -472,7 +472,7 @@ class Metrics:
                     metrics[f"{name}{i}" if name.endswith("_k") else name] = total / count
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
-            raise SystemExit(f"{', '.join(bad)} became nan or inf: lower --learning-rate or --clip, then --resume")
+            raise SystemExit(f"{', '.join(bad)} became nan or inf: lower --learning-rate; checkpoints are from before")
         return metrics
 
 
@@ -566,7 +566,7 @@ def run_name(exp_name: str | None, *parts: Any, resume: str | None = None) -> st
         raise SystemExit(f"--exp-name {exp_name}: is the name of a folder under runs/: letters, digits and .+=@_- only")
     metrics = Path("runs") / exp_name / "metrics.jsonl"
     if metrics.exists() and metrics.stat().st_size:
-        raise SystemExit(f"--exp-name {exp_name}: that run exists; take another name or --resume runs/{exp_name}")
+        raise SystemExit(f"--exp-name {exp_name}: that run exists; take another name")
     return exp_name
 
 
@@ -684,18 +684,16 @@ def provenance(folder: Path, device: Any) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for name in PACKAGES:
+    for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+            versions[package] = importlib.metadata.version(package)
     name = platform.processor() or platform.machine()
     if str(device).startswith("cuda"):
         import torch
 
-        name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else str(device)
-    else:
-        with contextlib.suppress(OSError, StopIteration):  # platform.processor() is empty or just "x86_64" on Linux
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = torch.cuda.get_device_name(device)
+    elif (cpus := Path("/proc/cpuinfo")).exists():  # platform.processor() is empty or just "x86_64" on Linux
+        name = next((line.split(":", 1)[1].strip() for line in cpus.read_text().splitlines() if "model name" in line), name)
     status = git("status", "--porcelain")
     return {
         "git_sha": git("rev-parse", "HEAD"),

@@ -300,7 +300,7 @@ def rollout(env: ChunkEnv, policy: Gr00tActor, args: Args, iteration: int, ranks
                 kept = kept.exclude("features").set("images", obs["images"])
             if t == 0:
                 samples = sample_buffer(kept, T, on_host=args.feature_cache == "cpu")
-            samples[t] = kept
+            samples[t].copy_(kept, non_blocking=True)  # features may go to the host beside the next steps
         with timer("env"):
             obs = env.step_chunk(out["action"], last=t + 1 == T)
     return samples
