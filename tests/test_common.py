@@ -387,7 +387,7 @@ def test_names_of_runs(tmp_path, monkeypatch):
     (tmp_path / "runs/mine/metrics.jsonl").touch()
     assert common.run_name("mine") == "mine"  # it ended before its first iteration
     (tmp_path / "runs/mine/metrics.jsonl").write_text("{}\n")
-    with pytest.raises(SystemExit, match="^--exp-name mine: that run exists; .* --resume runs/mine$"):
+    with pytest.raises(SystemExit, match="^--exp-name mine: that run exists; take another name$"):
         common.run_name("mine")
     assert common.run_name(None, "grpo", resume="runs/mine/") == "mine"
 
