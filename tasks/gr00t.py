@@ -79,17 +79,19 @@ class Task:
 # what rows refer to: functions of an Isaac Lab environment or its configuration
 # ------------------------------------------------------------------------------------------------------------------
 def gripper_frame(env: Any) -> Tensor:
-    """Position [m] and axis-angle [rad] of the gripper's frame in the environment's, and two finger positions [m]: (N, 8).
+    """Position [m] and rotation vector [rad] of the gripper's frame in the environment's, and two finger positions [m]: (N, 8).
 
-    As RLinf feeds its Isaac Lab checkpoints: the last joint first and the other with a minus, all rounded to bfloat16.
+    As RLinf feeds its Isaac Lab checkpoints: angle 2 acos(w), the second finger with a minus, all rounded to bfloat16.
     """
     import torch
-    from isaaclab.utils.math import axis_angle_from_quat
 
     frame, joints = env.scene["ee_frame"].data, env.scene["robot"].data.joint_pos.torch
     position = frame.target_pos_w.torch[:, 0] - env.scene.env_origins
-    rotation = axis_angle_from_quat(frame.target_quat_w.torch[:, 0])
-    return torch.cat([position, rotation, joints[:, -1:], -joints[:, -2:-1]], 1).bfloat16().float()
+    quat = frame.target_quat_w.torch[:, 0]  # (N, 4) x, y, z, w
+    quat = torch.where(quat[:, :1] < 0, -quat, quat)  # the hand points down: x is about 1 and w about 0, of either sign
+    axis, angle = quat[:, :3], 2 * torch.acos(quat[:, 3:].clamp(-1, 1))  # continuous through pi
+    rotation = angle * axis / axis.norm(dim=1, keepdim=True).clamp(min=1e-8)
+    return torch.cat([position, rotation, joints[:, -2:-1], -joints[:, -1:]], 1).bfloat16().float()
 
 
 def drawer_open(env: Any) -> Tensor:

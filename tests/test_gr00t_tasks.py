@@ -14,12 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.random_checkpoint import write_random
-from tasks.gr00t import TASKS, check_columns, task_config
+from tasks.gr00t import TASKS, check_columns, gripper_frame, task_config
 
 STACK = "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor"
 RUNS = {  # row: the script that trains on it, its flags
@@ -296,6 +297,26 @@ def test_programs(tmp_path):
     made = run("benchmarks/random_checkpoint.py", "--task", "Isaac-Humanoid", "--out", str(tmp_path / "random"))
     assert made.returncode == 0, made.stderr
     assert json.loads((tmp_path / "random/config.json").read_text())["action_dim"] == 21
+
+
+def test_the_rotation_that_rlinf_feeds_is_continuous_where_the_hand_points_down():
+    """Roll goes through pi, where w changes its sign, whatever sign the simulator gives the quaternion."""
+    roll = torch.linspace(2.9, 3.4, 101)
+    direction = torch.nn.functional.normalize(torch.tensor([[1.0, 0.03, -0.05]]), dim=1)
+    quat = torch.cat([direction * (roll / 2).sin()[:, None], (roll / 2).cos()[:, None]], 1)  # (N, 4) x, y, z, w
+    quat[::3] *= -1
+    joints, zeros = torch.arange(9.0).expand(101, 9), torch.zeros(101, 1, 3)
+
+    def data(**fields):
+        return SimpleNamespace(data=SimpleNamespace(**{name: SimpleNamespace(torch=x) for name, x in fields.items()}))
+
+    class Scene(dict):
+        env_origins = zeros[:, 0]
+
+    scene = Scene(ee_frame=data(target_pos_w=zeros, target_quat_w=quat[:, None]), robot=data(joint_pos=joints))
+    state = gripper_frame(SimpleNamespace(scene=scene))
+    torch.testing.assert_close(state[:, 3:6], (roll[:, None] * direction).bfloat16().float(), rtol=0, atol=0.016)  # bfloat16
+    assert state[:, 3:6].diff(dim=0).abs().max() < 0.05 and state[0, 6:].tolist() == [7.0, -8.0]
 
 
 if __name__ == "__main__":
