@@ -551,6 +551,13 @@ def check_positive(**numbers: float | None) -> None:
             raise SystemExit(f"--{name.replace('_', '-')} {value}: must be greater than 0, and finite")
 
 
+def check_not_negative(**numbers: float) -> None:
+    """Refuses numbers, by the names of their flags, that are not 0 or more, and finite."""
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: must be 0 or more, and finite")
+
+
 def run_name(exp_name: str | None, *parts: Any, resume: str | None = None) -> str:
     """The name of a run's folder: --exp-name, that of the run to resume, or one made of `parts` and the time."""
     if resume:
@@ -571,20 +578,21 @@ def run_name(exp_name: str | None, *parts: Any, resume: str | None = None) -> st
 
 
 def saved_args[T](resume: str, kind: type[T]) -> T:
-    """The arguments of the run to resume, as an instance of the dataclass `kind`."""
+    """The arguments that the latest checkpoint of a run was made with, as an instance of the dataclass `kind`."""
     folder = Path(resume)
-    files = sorted(folder.glob("args*.json"), key=lambda file: file.stat().st_mtime)
-    if not files:
+    if not (folder / "args.json").is_file():
         raise SystemExit(f"--resume {resume}: no args.json there; name a folder like runs/<name>")
-    if latest_checkpoint(folder) is None:
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None:
         raise SystemExit(f"--resume {resume}: it has no complete checkpoint yet; start the run again")
+    own = checkpoint / "args.json"  # runs of earlier versions have none
     try:
-        saved = json.loads(files[-1].read_text())["args"]
+        saved = json.loads((own if own.is_file() else folder / "args.json").read_text())["args"]
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         return kind(**saved | {"resume": resume})
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise SystemExit(
-            f"--resume {resume}: its {files[-1].name} is not of this version of the script ({error}); "
+            f"--resume {resume}: its args.json is not of this version of the script ({error}); "
             "start a run with --checkpoint <one of its checkpoints>"
         ) from error
 
@@ -758,7 +766,7 @@ class Run:
     """A run's folder, runs/<name>: args.json, provenance.json, source/, log.txt, metrics.jsonl, curves.png, videos/,
     checkpoints/, summary.json, W&B's files. The terminal gets a live block, or one plain line an iteration when piped.
 
-        with Run(vars(args), __file__, ranks, name, args.iterations, args.device) as run:
+        with Run(vars(args), __file__, ranks, name, args.iterations, args.device, args.resume) as run:
             begin = run.restore(policy.load)     # 0 for a new run
             run.log(iteration, metrics, timer.seconds(), steps)
             run.save("step_000050", policy.save, optimizer)
@@ -774,17 +782,20 @@ class Run:
     """
 
     def __init__(
-        self, args: dict[str, Any], script: str, ranks: Ranks, name: str, iterations: int, device: str, console: Any = None
-    ):
+        self, args: dict[str, Any], script: str, ranks: Ranks, name: str, iterations: int, device: str,
+        resume: str | None = None, console: Any = None,
+    ):  # fmt: skip
         """
         Args:
-            args: the arguments, recorded and never read.
+            args: the arguments: recorded, and repeated in summary.json in part.
             script: __file__ of the script.
             name: of the folder; rank 0's is taken.
             iterations: of the whole run, for the display.
+            resume: the folder of the run to go on with.
             console: a rich Console; None: the terminal, if there is one.
         """
-        self.dir = Path(args["resume"]) if args.get("resume") else Path("runs") / ranks.broadcast(name)
+        self.dir = Path(resume) if resume else Path("runs") / ranks.broadcast(name)
+        self._resumed = latest_checkpoint(self.dir) if resume else None
         self.is_main, self.device = ranks.rank == 0, device
         self.args, self.script, self.ranks, self.iterations = args, Path(script).resolve(), ranks, iterations
         self.state: dict[str, Any] = {"iteration": 0, "elapsed": 0.0, "stages": {}, "best": -math.inf, "results": {}}
@@ -801,7 +812,6 @@ class Run:
     # ------------------------------------------------ beginning and end
 
     def __enter__(self) -> Run:
-        self._resumed = latest_checkpoint(self.dir) if self.args.get("resume") else None
         if self._resumed:
             import torch
 
@@ -809,7 +819,7 @@ class Run:
                 self.state = torch.load(self._resumed / "trainer_state.pt", weights_only=True, map_location="cpu")
                 self._optimizer = self.state.pop("optimizer")
             except Exception as error:  # torch.load has many kinds
-                self._damaged(error)
+                self._does_not_load(error)
         self._start, self._loop, self._begin = time.monotonic(), None, self.state["iteration"]
         if not self.is_main:
             return self
@@ -827,8 +837,12 @@ class Run:
             self._start_wandb()
         return self
 
-    def _damaged(self, error: Exception) -> None:
-        raise SystemExit(f"--resume {self.dir}: {self._resumed.name} is damaged ({error!r}); remove it") from error
+    def _does_not_load(self, error: Exception) -> None:
+        why = " ".join(str(error).split())[:200]
+        raise SystemExit(
+            f"--resume {self.dir}: {self._resumed.name} does not load ({type(error).__name__}: {why}); leave out flags that "
+            "the run did not have, or, where the checkpoint is damaged, go on from an earlier one by moving it away"
+        ) from error
 
     def _prepare(self) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -1003,13 +1017,16 @@ class Run:
             try:
                 load(self._resumed)
             except Exception as error:  # safetensors and torch have many kinds
-                self._damaged(error)
+                self._does_not_load(error)
         return self.state["iteration"]
 
     def restore_optimizer(self, optimizer: Any) -> Any:
         """The optimizer, with the state of the run to resume."""
         if self._optimizer is not None:
-            optimizer.load_state_dict(self._optimizer)
+            try:
+                optimizer.load_state_dict(self._optimizer)
+            except ValueError as error:  # other parameters
+                self._does_not_load(error)
             self._optimizer = None
         return optimizer
 
@@ -1035,6 +1052,7 @@ class Run:
             write(partial)
             if optimizer is not None:
                 trainer = {**self.state, "elapsed": self.elapsed(), **state, "optimizer": optimizer.state_dict()}
+                write_json(partial / "args.json", {"args": self.args})  # to go on with
                 torch.save(trainer, partial / "trainer_state.pt")
 
         folder = self.dir / "checkpoints"

@@ -33,7 +33,7 @@ from typing import Literal
 import tyro
 
 from common import Metrics, Noise, Ranks, Run, StageTimer, group_advantages, wilson_interval
-from common import check_positive, pick_device, run_name, saved_args
+from common import check_not_negative, check_positive, pick_device, run_name, saved_args
 from gr00t_n1d5.files import is_full_size
 from tasks.gr00t import TASKS, Prompts, check_columns, copy_leaders, end_terms, find_task, refresh_observations, task_config
 
@@ -102,10 +102,16 @@ def parse() -> Args:
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
     find_task(args.task)
-    names = "num_envs iterations save_every denoise_steps noise_level learning_rate clip epochs minibatches micro_batch_size"
-    check_positive(**{name: getattr(args, name) for name in names.split()}, chunk=args.chunk, max_memory_gb=args.max_memory_gb)
-    if args.kl_coef < 0:
-        raise SystemExit(f"--kl-coef {args.kl_coef}: a negative weight drives the policy away from the base; use 0 or more")
+    check_positive(
+        num_envs=args.num_envs, iterations=args.iterations, save_every=args.save_every, chunk=args.chunk,
+        denoise_steps=args.denoise_steps, noise_level=args.noise_level, learning_rate=args.learning_rate,
+        clip=args.clip, epochs=args.epochs, minibatches=args.minibatches, micro_batch_size=args.micro_batch_size,
+        max_memory_gb=args.max_memory_gb,
+    )  # fmt: skip
+    check_not_negative(
+        seed=args.seed, eval_seed=args.eval_seed, eval_every=args.eval_every, eval_episodes=args.eval_episodes,
+        lr_warmup=args.lr_warmup, lr_hold=args.lr_hold, kl_coef=args.kl_coef,
+    )  # fmt: skip
     if args.group_size < 2:
         raise SystemExit(f"--group-size {args.group_size}: a group needs at least 2 members to compare")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -461,7 +467,7 @@ def record(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks
     for t in range(env.task.horizon):
         if t % policy.chunk == 0:
             actions = policy.act(obs, noise, explore=True)["action"]
-        obs = env.step_chunk(actions[:, t % policy.chunk, None])
+        obs = env.step_chunk(actions[:, t % policy.chunk, None], last=t % 2 == 0 and (t + 1) % policy.chunk > 0)
         if t % 2:
             frames.append(obs["images"][:shown, 0].clone())  # of the first camera
             success.append(env.success[:shown])
@@ -480,7 +486,7 @@ def main(args: Args) -> None:
         args.activation_checkpointing, args.compile,
     )  # fmt: skip
     policy.micro_batch_size = args.micro_batch_size
-    with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device) as run:
+    with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device, args.resume) as run:
         run.restore(policy.load)
         run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs; {plan}")
         run.event(f"instructions: {'; '.join(policy.texts)}")

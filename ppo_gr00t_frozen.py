@@ -31,7 +31,7 @@ from typing import Literal
 import tyro
 
 from common import Metrics, Noise, Ranks, Run, StageTimer, gae, merge_moments, standardize, wilson_interval
-from common import check_positive, pick_device, run_name, saved_args
+from common import check_not_negative, check_positive, pick_device, run_name, saved_args
 from gr00t_n1d5.files import is_full_size
 from tasks.gr00t import TASKS, Prompts, check_columns, end_terms, find_task, refresh_observations, task_config
 
@@ -111,11 +111,16 @@ def parse() -> Args:
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
     task = find_task(args.task)
-    names = "num_envs iterations save_every denoise_steps noise_level learning_rate clip epochs minibatches micro_batch_size"
-    names += " critic_lr critic_epochs"
-    check_positive(**{name: getattr(args, name) for name in names.split()}, chunk=args.chunk, max_memory_gb=args.max_memory_gb)
-    if args.kl_coef < 0:
-        raise SystemExit(f"--kl-coef {args.kl_coef}: a negative weight drives the policy away from the base; use 0 or more")
+    check_positive(
+        num_envs=args.num_envs, iterations=args.iterations, save_every=args.save_every, chunk=args.chunk,
+        denoise_steps=args.denoise_steps, noise_level=args.noise_level, learning_rate=args.learning_rate,
+        clip=args.clip, epochs=args.epochs, minibatches=args.minibatches, micro_batch_size=args.micro_batch_size,
+        max_memory_gb=args.max_memory_gb, critic_lr=args.critic_lr, critic_epochs=args.critic_epochs,
+    )  # fmt: skip
+    check_not_negative(
+        seed=args.seed, eval_seed=args.eval_seed, eval_every=args.eval_every, eval_episodes=args.eval_episodes,
+        lr_warmup=args.lr_warmup, lr_hold=args.lr_hold, kl_coef=args.kl_coef, critic_warmup=args.critic_warmup,
+    )  # fmt: skip
     for name, value in (("gamma", args.gamma), ("gae-lambda", args.gae_lambda)):
         if not 0 <= value <= 1:
             raise SystemExit(f"--{name} {value}: must be from 0 to 1")
@@ -466,8 +471,9 @@ def update(policy: Gr00tActor, optimizer, samples: TensorDict, plan: list, args:
             (value_loss(policy, batch, log) / size).backward()
             if moving:
                 (ppo_loss(policy, batch, args, log, first=step == 0) / size).backward()
-        for name, module in (("critic_grad_norm", policy.critic), *((("grad_norm", policy.net),) if moving else ())):
-            parameters = [p for p in module.parameters() if p.requires_grad]
+        learning = {"critic_grad_norm": list(policy.critic.parameters())}
+        learning |= {"grad_norm": policy.trainable()} if moving else {}
+        for name, parameters in learning.items():
             ranks.sum_gradients(parameters)
             log.max(f"update/{name}", torch.nn.utils.clip_grad_norm_(parameters, 1.0))
         optimizer.step()  # leaves alone what has no gradient
@@ -497,7 +503,8 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         run.result(ode_success_before=evaluate(args, env, policy, ranks), instructions=policy.texts)
         record(args, env, policy, run, ranks, "before")
     for iteration in range(run.state["iteration"], args.iterations):
-        optimizer.param_groups[0]["lr"] = learning_rate(args, iteration)
+        for group, rate in zip(optimizer.param_groups, (learning_rate(args, iteration), args.critic_lr)):
+            group["lr"] = rate
         log, moving = Metrics(args.device, ranks), iteration >= args.critic_warmup  # before, only the critic learns
         samples = rollout(env, policy, args, iteration, ranks, timer)
         with timer("update"):
@@ -559,7 +566,7 @@ def record(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks
     for t in range(env.task.horizon):
         if t % policy.chunk == 0:
             actions = policy.act(obs, noise, explore=True)["action"]
-        obs = env.step_chunk(actions[:, t % policy.chunk, None])
+        obs = env.step_chunk(actions[:, t % policy.chunk, None], last=t % 2 == 0 and (t + 1) % policy.chunk > 0)
         if t % 2:
             frames.append(obs["images"][:shown, 0].clone())  # of the first camera
             success.append(env.success[:shown])
@@ -578,7 +585,7 @@ def main(args: Args) -> None:
         args.activation_checkpointing, args.compile,
     )  # fmt: skip
     policy.micro_batch_size = args.micro_batch_size
-    with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device) as run:
+    with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device, args.resume) as run:
         run.restore(policy.load)
         run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs; {plan}")
         run.event(f"instructions: {'; '.join(policy.texts)}")

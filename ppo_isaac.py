@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 import tyro
 
-from common import check_positive, run_name, saved_args
+from common import check_not_negative, check_positive, run_name, saved_args
 from tasks import current_name
 
 
@@ -144,8 +144,19 @@ def task_args(task: str | None = None, checkpoint: str | None = None) -> Args:
 
 def check(args: Args) -> None:
     """Refuses what cannot work, or would ruin a run in silence."""
-    positive = "num_envs iterations save_every num_steps epochs minibatches learning_rate target_kl clip max_grad_norm"
-    check_positive(**{name: getattr(args, name) for name in (*positive.split(), "clip_actions", "init_std", "lstm_size")})
+    check_positive(
+        num_envs=args.num_envs, iterations=args.iterations, save_every=args.save_every, num_steps=args.num_steps,
+        epochs=args.epochs, minibatches=args.minibatches, learning_rate=args.learning_rate, target_kl=args.target_kl,
+        clip=args.clip, max_grad_norm=args.max_grad_norm, clip_actions=args.clip_actions, init_std=args.init_std,
+        lstm_size=args.lstm_size,
+    )  # fmt: skip
+    check_not_negative(
+        seed=args.seed, eval_seed=args.eval_seed, eval_every=args.eval_every, eval_episodes=args.eval_episodes,
+        entropy_coef=args.entropy_coef, value_coef=args.value_coef,
+    )  # fmt: skip
+    for name, value in (("gamma", args.gamma), ("gae-lambda", args.gae_lambda)):
+        if not 0 <= value <= 1:
+            raise SystemExit(f"--{name} {value}: must be from 0 to 1")
     if min(args.hidden, default=0) < 1:
         raise SystemExit(f"--hidden {' '.join(map(str, args.hidden))}: needs at least one size, each of 1 or more")
     if args.evaluate and not args.checkpoint:
@@ -700,7 +711,7 @@ def main(args: Args) -> None:
         torch.set_num_threads(1)  # several wait for each other: slower beside other work, no faster alone
     ranks, groups = Ranks.start(args.device), {"--obs-groups": args.obs_groups}
     cfg = task_config(args.task, args.device, args.num_envs // ranks.world, args.physics, args.overrides, groups)
-    with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device) as run:
+    with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device, args.resume) as run:
         run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs, {args.num_steps} steps a rollout")
         if asked != args.task:
             run.event(f"{asked} is called {args.task} in this Isaac Lab")

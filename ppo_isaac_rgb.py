@@ -37,7 +37,7 @@ from typing import Any, Literal
 
 import tyro
 
-from common import check_positive, run_name, saved_args
+from common import check_not_negative, check_positive, run_name, saved_args
 from tasks import current_name
 
 PARENT = "ppo_isaac.py"
@@ -134,8 +134,19 @@ def task_args(task: str | None = None, checkpoint: str | None = None) -> Args:
 
 def check(args: Args) -> None:
     """Refuses what cannot work, or would ruin a run in silence."""
-    positive = "num_envs iterations save_every num_steps epochs minibatches learning_rate target_kl clip max_grad_norm"
-    check_positive(**{name: getattr(args, name) for name in (*positive.split(), "clip_actions", "init_std", "frame_skip")})
+    check_positive(
+        num_envs=args.num_envs, iterations=args.iterations, save_every=args.save_every, num_steps=args.num_steps,
+        epochs=args.epochs, minibatches=args.minibatches, learning_rate=args.learning_rate, target_kl=args.target_kl,
+        clip=args.clip, max_grad_norm=args.max_grad_norm, clip_actions=args.clip_actions, init_std=args.init_std,
+        frame_skip=args.frame_skip,
+    )  # fmt: skip
+    check_not_negative(
+        seed=args.seed, eval_seed=args.eval_seed, eval_every=args.eval_every, eval_episodes=args.eval_episodes,
+        entropy_coef=args.entropy_coef, value_coef=args.value_coef, noop_max=args.noop_max,
+    )  # fmt: skip
+    for name, value in (("gamma", args.gamma), ("gae-lambda", args.gae_lambda)):
+        if not 0 <= value <= 1:
+            raise SystemExit(f"--{name} {value}: must be from 0 to 1")
     if args.evaluate and not args.checkpoint:
         raise SystemExit("--evaluate: needs --checkpoint, a folder like runs/<name>/checkpoints/best")
     if args.num_envs % (world := int(os.environ.get("WORLD_SIZE", 1))):
@@ -684,7 +695,7 @@ def main(args: Args) -> None:
     ranks = Ranks.start(args.device)
     cfg = task_config(args.task, args.device, args.num_envs // ranks.world, args.physics, args.overrides, {}, images=True)
     colour_camera(args.task, cfg)  # refuses a task that has none
-    with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device) as run:
+    with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device, args.resume) as run:
         run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs, {args.num_steps} steps a rollout")
         if asked != args.task:
             run.event(f"{asked} is called {args.task} in this Isaac Lab")

@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from common import check_positive
+from common import check_not_negative, check_positive
 from gr00t_n1d5.files import is_full_size
 
 HERE = Path(__file__).resolve().parent
@@ -67,6 +67,7 @@ def parse() -> Args:
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded."""
     check_positive(denoise_steps=args.denoise_steps, micro_batch_size=args.micro_batch_size)
+    check_not_negative(seed=args.seed)
     if not 0 <= args.port <= 65535:
         raise SystemExit(f"--port {args.port}: must be between 0 and 65535")
     if args.api_token == "":

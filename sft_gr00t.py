@@ -34,7 +34,7 @@ from typing import Literal
 
 import tyro
 
-from common import Metrics, Noise, Ranks, Run, check_positive, pick_device, run_name, wilson_interval
+from common import Metrics, Noise, Ranks, Run, check_not_negative, check_positive, pick_device, run_name, wilson_interval
 from gr00t_n1d5.files import is_full_size
 from tasks.gr00t import TASKS, Prompts, check_columns, copy_leaders, end_terms, find_task, refresh_observations, task_config
 
@@ -97,12 +97,15 @@ def check(args: Args) -> Args:
         raise SystemExit(f"--task {args.task}: has no expert to learn from; {able} has")
     if args.evaluate and not args.checkpoint:
         raise SystemExit("--evaluate: name what to evaluate with --checkpoint")
-    names = "num_envs demos steps batch_size learning_rate denoise_steps micro_batch_size"
-    check_positive(**{name: getattr(args, name) for name in names.split()})
+    check_positive(
+        num_envs=args.num_envs, demos=args.demos, steps=args.steps, batch_size=args.batch_size,
+        learning_rate=args.learning_rate, denoise_steps=args.denoise_steps, micro_batch_size=args.micro_batch_size,
+    )  # fmt: skip
+    check_not_negative(seed=args.seed, eval_seed=args.eval_seed, eval_every=args.eval_every, eval_episodes=args.eval_episodes)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("num_envs", "batch_size"):
-        if getattr(args, name) % world:
-            raise SystemExit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a multiple of {world} ranks")
+    for name, value in (("num-envs", args.num_envs), ("batch-size", args.batch_size)):
+        if value % world:
+            raise SystemExit(f"--{name} {value}: must be a multiple of {world} ranks")
     if args.fsdp and world == 1:
         raise SystemExit("--fsdp: one process has nobody to share with; start torchrun --nproc_per_node=2 (or more)")
     if args.fsdp and args.tune != "all":

@@ -13,12 +13,6 @@ from torch import Tensor, nn
 from gr00t_n1d5.network import ActionContext, ActionHead, Gr00tConfig, Gr00tN1d5, recompute
 from gr00t_n1d5.processor import Augmentation, Gr00tProcessor, pad_prompts
 
-PRECISIONS = {
-    "fp32": "everything in fp32",
-    "bf16": "the frozen backbone in bfloat16, and fp32 products on a GPU in TF32",
-    "fp8": "bf16, and the backbone's linear layers in float8",
-}
-
 
 @contextlib.contextmanager
 def refuse_checkpoint(checkpoint: str | None) -> Iterator[None]:
@@ -58,7 +52,8 @@ class Gr00tPolicy(nn.Module):
             texts: the instructions.
             views: number of cameras.
             sizes: columns of "state" and "action" that the task has.
-            precision: of PRECISIONS.
+            precision: fp32; bf16: the frozen backbone in bfloat16, fp32 products on a GPU in TF32; fp8: bf16, and the
+                backbone's linear layers in float8.
             bracketed, pad_prompt: form of the prompts, see `Gr00tProcessor.prompt`.
             parts: a network and a processor in place of the checkpoint's.
 
@@ -119,7 +114,7 @@ class Gr00tPolicy(nn.Module):
         if checkpointing:
             for block in self.blocks():
                 recompute(block)
-        kinds = ("Siglip2EncoderLayer", "SiglipEncoderLayer", "Qwen3DecoderLayer", "DiTBlock", "SelfAttentionBlock")
+        kinds = ("SiglipEncoderLayer", "Qwen3DecoderLayer", "DiTBlock", "SelfAttentionBlock")
         for block in self.modules() if compiled else ():
             if type(block).__name__ in kinds:
                 block.compile()
