@@ -394,8 +394,8 @@ def episode_seed(seed: int, iteration: int, ranks: Ranks) -> int:
 def advantages(samples: TensorDict, success: Tensor, args: Args, ranks: Ranks, log: Metrics) -> Tensor:
     """Gives samples (T, N) their advantages and the critic's targets; (T, N) whether they belong to an attempt."""
     keep, reward, value = samples["valid"], samples["reward"], samples["value"]
-    samples["ended"][-1] = True  # by the horizon
     none, gamma = torch.zeros_like(reward), args.gamma ** (TASKS[args.task].horizon // len(reward))
+    # nothing is worth anything after the horizon: it is an end of the task, not a time-out
     advantage, target = gae(reward, value, samples["ended"], none, none, none[0], gamma, args.gae_lambda)
     n, total = ranks.reduce(torch.stack([keep.sum(), (advantage * keep).sum()]))
     advantage = (advantage - total / n) * keep

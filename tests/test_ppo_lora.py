@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -101,6 +102,7 @@ def test_adapters_off_is_the_base_and_merging_is_the_policy(tiny_checkpoint, tmp
     base = grpo_policy(tiny_checkpoint)
     expected, before = actions(base), weights(policy)
     assert torch.equal(actions(policy), expected)  # adapters begin as the identity
+    assert {m.scaling["default"] for m in policy.modules() if isinstance(m, LoraLayer)} == {2.0}  # alpha is twice the rank
     perturb(policy)
     on = actions(policy)
     assert (on - expected).abs().max() > 1e-2
