@@ -122,9 +122,7 @@ def gae(
             advantages, returns = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])  # (T, N)
             block = 128  # 4096 envs are 32 programs: small blocks spread the lanes over more SMs
             with torch.cuda.device_of(advantages):
-                kernel[((N + block - 1) // block,)](
-                    *inputs, advantages, returns, float(gamma), float(lam), N, T=T, BLOCK=block
-                )
+                kernel[((N + block - 1) // block,)](*inputs, advantages, returns, float(gamma), float(lam), N, T=T, BLOCK=block)
             return advantages, returns
 
         next_values = torch.cat([values[1:], last_value[None]])  # (T, N)
@@ -403,10 +401,10 @@ class Ranks(NamedTuple):
 class Metrics:
     """An iteration's figures, on the device until `read`, which makes one transfer to the host.
 
-        log.mean("update/clip_frac", outside)     # mean over all samples of all calls, on all ranks
-        log.sum("rollout/samples", valid)
-        log.max("update/grad_norm", norm)
-        log.read()                                # {"update/clip_frac": 0.1, ...}
+    log.mean("update/clip_frac", outside)     # mean over all samples of all calls, on all ranks
+    log.sum("rollout/samples", valid)
+    log.max("update/grad_norm", norm)
+    log.read()                                # {"update/clip_frac": 0.1, ...}
     """
 
     def __init__(self, device: Any, ranks: Ranks):
@@ -479,9 +477,9 @@ class Metrics:
 class StageTimer:
     """Seconds per stage of an iteration, without making a GPU wait: CUDA events there, the clock on a CPU.
 
-        timer = StageTimer(device)
-        with timer("env"): ...
-        timer.seconds()   # {"env": ...}, and starts anew; the one place that waits for the device
+    timer = StageTimer(device)
+    with timer("env"): ...
+    timer.seconds()   # {"env": ...}, and starts anew; the one place that waits for the device
     """
 
     def __init__(self, device: str):

@@ -34,6 +34,7 @@ import tyro
 
 from common import Metrics, Noise, Ranks, Run, StageTimer, group_advantages, wilson_interval
 from common import check_not_negative, check_positive, pick_device, run_name, saved_args
+from gr00t_n1d5.embodiment import check_checkpoint
 from gr00t_n1d5.files import is_full_size
 from tasks.gr00t import TASKS, Prompts, check_columns, copy_leaders, end_terms, find_task, refresh_observations, task_config
 
@@ -48,6 +49,7 @@ class Args:
     instruction: str | None = None  # overrides the task's own instruction(s)
     checkpoint: str = str(HERE / "checkpoints" / "tiny")  # GR00T N1.5: a local folder or a hub id
     embodiment_tag: str | None = None  # entry of the checkpoint's metadata.json; may be left out where there is one
+    data_config: str | None = None  # which of its keys the network gets, and how: a row of DATA_CONFIGS, or a JSON file
     seed: int = 1  # of the episode starts, the sampler's noise and the minibatches
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
     physics: str | None = None  # Isaac Lab physics preset (newton_mjwarp, ...; the embedded task has mujoco_c, too)
@@ -118,6 +120,7 @@ def check(args: Args) -> Args:
     if args.num_envs % (args.group_size * world):
         of = f"--group-size {args.group_size}" + (f" times {world} ranks" if world > 1 else "")
         raise SystemExit(f"--num-envs {args.num_envs}: must be a multiple of {of}")
+    check_checkpoint(args.checkpoint, args.embodiment_tag, args.data_config, args.task, TASKS)
     stem = "eval" if args.evaluate else Path(__file__).stem
     args.exp_name = run_name(args.exp_name, stem, args.task, args.seed, resume=args.resume)
     return args
@@ -225,8 +228,8 @@ class Gr00tActor(Gr00tPolicy):
     def __init__(self, args: Args):
         task = TASKS[args.task]
         super().__init__(
-            args.checkpoint, args.embodiment_tag, task.texts(args.instruction), len(task.cameras), task.sizes, args.device,
-            args.precision, task.bracketed, task.pad_prompt,
+            args.checkpoint, args.embodiment_tag, args.data_config, task, task.texts(args.instruction), args.device,
+            args.precision,
         )  # fmt: skip
         self.base_head = copy.deepcopy(self.net.action_head).requires_grad_(False)
         self.chunk = args.chunk or self.action_shape[0]
@@ -492,6 +495,8 @@ def main(args: Args) -> None:
         run.event(f"instructions: {'; '.join(policy.texts)}")
         run.event(f"starting the simulator (its own output: {run.dir}/simulator.log)")
         with make_env(args, policy.camera_size, run.dir, ranks) as env:
+            if odd := policy.processor.unusual(env.env.obs_buf["policy"]):
+                run.event(f"warning: states are far from what the checkpoint was trained on: {odd}")
             if args.evaluate:
                 run.result(ode_success=evaluate(args, env, policy, ranks))
             else:

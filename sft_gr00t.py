@@ -1,7 +1,7 @@
 """Imitation for GR00T N1.5 in Isaac Lab: flow matching on a scripted expert's demonstrations, the warm start RL needs.
 
     python sft_gr00t.py                                              # laptop: a tiny GR00T from scratch
-    python sft_gr00t.py --checkpoint nvidia/GR00T-N1.5-3B --device cuda
+    python sft_gr00t.py --checkpoint nvidia/GR00T-N1.5-3B            # a GPU of 80 GB: its head, in NVIDIA's recipe
     python sft_gr00t.py --evaluate --checkpoint runs/<name>/checkpoints/last
     torchrun --nproc_per_node=8 sft_gr00t.py --checkpoint <folder> --fsdp
 
@@ -35,6 +35,7 @@ from typing import Literal
 import tyro
 
 from common import Metrics, Noise, Ranks, Run, check_not_negative, check_positive, pick_device, run_name, wilson_interval
+from gr00t_n1d5.embodiment import check_checkpoint, check_network, refuse_checkpoint
 from gr00t_n1d5.files import is_full_size
 from tasks.gr00t import TASKS, Prompts, check_columns, copy_leaders, end_terms, find_task, refresh_observations, task_config
 
@@ -73,11 +74,16 @@ class Args:
     # memory and speed
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen backbone (--tune head), and TF32 in the head
     micro_batch_size: int = 128  # samples per forward pass; gradients are accumulated over a batch
+    max_memory_gb: float | None = None  # budget [GB]: micro-batches are planned to fit it
     activation_checkpointing: bool = False  # recompute the blocks' activations in the backward pass: slower, smaller
     fsdp: bool = False  # with torchrun: spread weights, gradients and AdamW's state over the ranks (FSDP2), no copy on each
 
 
-FULL = Args(augment=True)  # at full size, few demonstrations meet a large network
+# a full-size checkpoint's settings: NVIDIA's recipe (head and DiT trained, backbone frozen), within a GPU of 80 GB
+FULL = Args(
+    num_envs=64, demos=1024, steps=10_000, batch_size=64, learning_rate=1e-4, tune="head", augment=True, precision="bf16",
+    max_memory_gb=72.0,
+)  # fmt: skip
 FRAMES = 8  # observations kept of a demonstration: the first one and some at random
 WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1.0
 EMA = 0.99  # decay of the weights' moving average
@@ -100,6 +106,7 @@ def check(args: Args) -> Args:
     check_positive(
         num_envs=args.num_envs, demos=args.demos, steps=args.steps, batch_size=args.batch_size,
         learning_rate=args.learning_rate, denoise_steps=args.denoise_steps, micro_batch_size=args.micro_batch_size,
+        max_memory_gb=args.max_memory_gb,
     )  # fmt: skip
     check_not_negative(seed=args.seed, eval_seed=args.eval_seed, eval_every=args.eval_every, eval_episodes=args.eval_episodes)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -112,6 +119,10 @@ def check(args: Args) -> Args:
         raise SystemExit(f"--fsdp: spreads what is trained with --tune all; leave it out with --tune {args.tune}")
     if args.precision != "fp32" and args.tune == "all" and not args.evaluate:
         raise SystemExit(f"--precision {args.precision}: the backbone is trained, in fp32; use it with --tune head")
+    if args.evaluate:
+        check_checkpoint(args.checkpoint, args.embodiment_tag, None, args.task, TASKS)
+    elif args.checkpoint:
+        check_network(args.checkpoint, TASKS[args.task].sizes)
     args.exp_name = run_name(args.exp_name, "eval" if args.evaluate else Path(__file__).stem, args.task, args.seed)
     return args
 
@@ -127,8 +138,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from gr00t_n1d5.network import Gr00tConfig, Gr00tN1d5
-from gr00t_n1d5.policy import Gr00tPolicy, refuse_checkpoint, take
+from gr00t_n1d5.config import Gr00tConfig
+from gr00t_n1d5.network import Gr00tN1d5
+from gr00t_n1d5.policy import Gr00tPolicy, plan_memory, take
 from gr00t_n1d5.processor import Augmentation, Gr00tProcessor, load_tokenizer, tiny_tokenizer
 from tasks.stock import start_simulator
 
@@ -203,8 +215,8 @@ class Gr00tActor(Gr00tPolicy):
     def __init__(self, args: Args):
         task = TASKS[args.task]
         super().__init__(
-            args.checkpoint, args.embodiment_tag, task.texts(args.instruction), len(task.cameras), task.sizes, args.device,
-            args.precision, task.bracketed, task.pad_prompt, None if args.evaluate else initial(args),
+            args.checkpoint, args.embodiment_tag, None, task, task.texts(args.instruction), args.device,
+            args.precision, None if args.evaluate else initial(args),
         )  # fmt: skip
         self.trains_backbone = args.tune == "all"
         self.net.backbone.requires_grad_(self.trains_backbone)
@@ -236,16 +248,15 @@ class Gr00tActor(Gr00tPolicy):
 def initial(args: Args) -> tuple[Gr00tN1d5, Gr00tProcessor]:
     """What training starts from; its statistics are blank until there are demonstrations."""
     task = TASKS[args.task]
+    blank = (torch.zeros(1, task.sizes[kind]) for kind in ("state", "action"))
+    if not args.checkpoint:
+        torch.manual_seed(args.seed)
+        net = Gr00tN1d5(Gr00tConfig.tiny()).eval()
+        words = {word for text in task.texts(args.instruction) for word in text.split()}
+        return net, make_processor(args, net.config, tiny_tokenizer(sorted(words), net.config), *blank)
     with refuse_checkpoint(args.checkpoint):
-        if args.checkpoint:
-            net, tokenizer = Gr00tN1d5.from_pretrained(args.checkpoint, torch.float32), load_tokenizer(args.checkpoint)
-        else:
-            torch.manual_seed(args.seed)
-            net = Gr00tN1d5(Gr00tConfig.tiny()).eval()
-            words = {word for text in task.texts(args.instruction) for word in text.split()}
-            tokenizer = tiny_tokenizer(sorted(words), net.config)
-        blank = (torch.zeros(1, task.sizes[kind]) for kind in ("state", "action"))
-        return net, make_processor(args, net.config, tokenizer, *blank)
+        processor = make_processor(args, check_network(args.checkpoint), load_tokenizer(args.checkpoint), *blank)
+        return Gr00tN1d5.from_pretrained(args.checkpoint, torch.float32 if args.precision == "fp32" else None), processor
 
 
 def make_processor(args: Args, config: Gr00tConfig, tokenizer, state: Tensor, action: Tensor, size: int = 1) -> Gr00tProcessor:
@@ -280,7 +291,7 @@ def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> 
     """Runs the task's expert; some observations of each successful episode, with the `horizon` actions that followed.
 
     Returns:
-        images, state and prompt as in `ChunkEnv.observe`, action (S, horizon, d): this rank's.
+        images, state and prompt as in `ChunkEnv.observe`, action (S, horizon, d): this rank's, on the host.
     """
     expert, T = getattr(importlib.import_module(env.task.module), env.task.expert), env.task.horizon
     terms = {name: env.env.event_manager.get_term_cfg(name).params for name in env.task.demo_params}
@@ -300,7 +311,7 @@ def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> 
             env.step_chunk(actions[-1][:, None], last=True)
         actions = torch.stack(actions, 1)  # (N, T, d)
         for t, seen, before in kept:
-            samples.append(seen.set("action", actions[:, t : t + horizon])[before & env.success])
+            samples.append(seen.set("action", actions[:, t : t + horizon])[before & env.success].cpu())  # all of them are large
         successes += int(env.success.sum())
         if b % 10 == 9 or b + 1 == batches:
             count, all_successes = (b + 1) * args.num_envs, sum(ranks.gather(successes))
@@ -352,11 +363,12 @@ def learning_rate(args: Args, step: int) -> float:
 def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks) -> None:
     """Collects, trains, evaluates and saves."""
     demos = collect(args, env, policy.chunk, run, ranks)
-    every = ranks.gather((demos["state"].cpu(), demos["action"].flatten(0, 1).cpu()))
+    every = ranks.gather((demos["state"], demos["action"].flatten(0, 1)))
     state, action = (torch.cat(x) for x in zip(*every))  # the statistics are those of all ranks
     tokenizer, size = policy.processor.tokenizer, demos["images"].shape[2]
     policy.processor = make_processor(args, policy.net.config, tokenizer, state, action, size).to(args.device)
-    average = copy.deepcopy(policy).requires_grad_(False)
+    shared = {} if policy.trains_backbone else {id(policy.net.backbone): policy.net.backbone}  # nothing to average there
+    average = copy.deepcopy(policy, shared).requires_grad_(False)
     if args.fsdp:
         shard(policy, ranks)
         shard(average, ranks)
@@ -423,8 +435,15 @@ def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explor
 def main(args: Args) -> None:
     args.device = pick_device(args.device)
     ranks, policy = Ranks.start(args.device), Gr00tActor(args)
+    plan = "evaluation" if args.evaluate else "spread over the ranks"
+    if not args.evaluate and not args.fsdp:
+        average = {"moving average": 4 * sum(p.numel() for p in policy.trainable())}
+        _, policy.micro_batch_size, plan = plan_memory(
+            policy, args.batch_size // ranks.world, "off", args.micro_batch_size, args.max_memory_gb,
+            args.activation_checkpointing, False, average,
+        )  # fmt: skip
     with Run(vars(args), __file__, ranks, args.exp_name, args.steps, args.device) as run:
-        run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs")
+        run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs; {plan}")
         run.event(f"instructions: {'; '.join(policy.texts)}")
         run.event(f"starting the simulator (its own output: {run.dir}/simulator.log)")
         with make_env(args, policy.camera_size, run.dir, ranks) as env:

@@ -38,7 +38,9 @@ def write_random(name: str, folder: Path, size: Literal["tiny", "full"] = "tiny"
     task, tiny = TASKS[name], size == "tiny"
     torch.manual_seed(seed)
     dims = {f"{kind}_dim": n for kind, n in task.sizes.items()}
-    config = Gr00tConfig.tiny(**dims, vocab_size=64, max_prompt_tokens=256) if tiny else Gr00tConfig()
+    config = (
+        Gr00tConfig.tiny(**dims, vocab_size=64, max_position_embeddings=1024, max_text_tokens=64) if tiny else Gr00tConfig()
+    )
     tokenizer = tiny_tokenizer(" ".join(task.instructions).split(), config) if tiny else load_tokenizer(EAGLE_PROCESSOR)
     ends = torch.tensor([-1.0, 1.0])[:, None]
     data = [{key: ends.expand(2, n) for key, n in columns.items()} for columns in (task.state, task.action)]
@@ -51,6 +53,6 @@ def write_random(name: str, folder: Path, size: Literal["tiny", "full"] = "tiny"
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    find_task(args.task)
+    find_task(args.task, runs=False)
     write_random(args.task, args.out, args.size, args.seed)
     print(f"{args.out}: random weights for {args.task}")

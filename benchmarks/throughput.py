@@ -110,12 +110,13 @@ from common import Metrics, Ranks, StageTimer, atomic_write, check_positive, pea
 from gr00t_n1d5.network import Gr00tConfig, Gr00tN1d5
 from gr00t_n1d5.policy import activation_bytes, plan_memory
 from gr00t_n1d5.processor import Gr00tProcessor, tiny_tokenizer
+from tasks.gr00t import TASKS
 
 ALONE = Ranks(0, 1)
 TAG = "new_embodiment"  # row 31 of the category-specific layers
 TEXT = 20  # prompt tokens beside those of the images
 WORDS = [f"word{i}" for i in range(TEXT)]
-STATE, ACTION = {"state": 5}, {"action": 4}  # sizes of the embedded task
+STATE, ACTION = TASKS["Tabletop-Lift-Cube-v0"].state, TASKS["Tabletop-Lift-Cube-v0"].action
 # dense rates of one H200 [TFLOP/s], to predict with: bf16 measured on one (8192^3), the others from NVIDIA's data sheet
 RATES = {"bf16": 790.0, "tf32": 494.0, "fp32": 67.0}
 FP8_RATE = 1979.0  # of the backbone with float8 products, where a lever or --precision fp8 asks for them
@@ -148,7 +149,7 @@ def resolve(args: Args) -> Args:
 # ======== network and observations ====================================================================================
 def make_config(size: str) -> Gr00tConfig:
     """Full or tiny, with a prompt of TEXT words. `fan_in_init`: weights so large that a wrong lever shows in the actions."""
-    own = {"prompt_template": "{instruction}{images}", "image_template": "{tokens}", "max_prompt_tokens": 10_000}
+    own = {"prompt_template": "{instruction}{images}", "image_template": "{tokens}", "max_text_tokens": 10_000}
     if size == "full":
         return Gr00tConfig(**own, fan_in_init=True)
     return Gr00tConfig.tiny(**own, num_embodiments=32, image_crop=0.95)
@@ -161,10 +162,11 @@ def make_net(config: Gr00tConfig, device: str, dtype: torch.dtype, seed: int) ->
         return Gr00tN1d5(config).bfloat16().to(dtype).eval()
 
 
-def make_processor(config: Gr00tConfig) -> Gr00tProcessor:
+def make_processor(config: Gr00tConfig, views: int = 0) -> Gr00tProcessor:
     g = torch.Generator().manual_seed(0)
     data = [{key: torch.randn(100, n, generator=g) for key, n in sizes.items()} for sizes in (STATE, ACTION)]
-    return Gr00tProcessor.from_statistics(config, TAG, *data, {}, tiny_tokenizer(WORDS, config))
+    video = {f"view_{i}": {"resolution": [64, 64], "channels": 3, "fps": 10} for i in range(views)}
+    return Gr00tProcessor.from_statistics(config, TAG, *data, video, tiny_tokenizer(WORDS, config))
 
 
 class Inputs:
@@ -512,13 +514,13 @@ def make_actor(name: str, args: Args, config: Gr00tConfig, views: int, **flags: 
     flags |= {"checkpoint": "random-weights", "precision": "bf16" if args.dtype == "bfloat16" else "fp32"}
     flags |= {"critic_epochs": 1} if hasattr(script.FULL, "critic_epochs") else {}
     own = dataclasses.replace(script.FULL, **flags)
-    task = dataclasses.replace(script.TASKS[own.task], cameras=("camera",) * views)
+    task = dataclasses.replace(script.TASKS[own.task], cameras={f"view_{i}": "camera" for i in range(views)})
     net = make_net(config, own.device, getattr(torch, args.dtype), args.seed)
     before = torch.get_float32_matmul_precision()
     with (
         mock.patch.dict(script.TASKS, {own.task: task}),
-        mock.patch.object(Gr00tN1d5, "from_pretrained", lambda *_: net),
-        mock.patch.object(Gr00tProcessor, "from_pretrained", lambda *_: make_processor(config)),
+        mock.patch.object(Gr00tN1d5, "from_pretrained", lambda *_, **__: net),
+        mock.patch.object(Gr00tProcessor, "from_pretrained", lambda *_: make_processor(config, views)),
     ):
         policy = script.Gr00tActor(own)
     torch.set_float32_matmul_precision(before)  # the scripts set their own; here `head_precision` does

@@ -1,26 +1,18 @@
 """What the scripts build their actors on: a checkpoint, its prompts and a device, and what training takes of memory."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from gr00t_n1d5.network import ActionContext, ActionHead, Gr00tConfig, Gr00tN1d5, recompute
+from gr00t_n1d5.config import Gr00tConfig
+from gr00t_n1d5.embodiment import refuse_checkpoint
+from gr00t_n1d5.network import ActionContext, ActionHead, Gr00tN1d5, recompute
 from gr00t_n1d5.processor import Augmentation, Gr00tProcessor, pad_prompts
-
-
-@contextlib.contextmanager
-def refuse_checkpoint(checkpoint: str | None) -> Iterator[None]:
-    """Around what reads a checkpoint: SystemExit, in one line, where that fails."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--checkpoint {checkpoint}: {'; '.join(str(error).splitlines())}") from error
 
 
 class Gr00tPolicy(nn.Module):
@@ -36,47 +28,43 @@ class Gr00tPolicy(nn.Module):
         self,
         checkpoint: str,
         embodiment_tag: str | None,
+        data_config: str | None,
+        row: Any,
         texts: tuple[str, ...],
-        views: int,
-        sizes: dict[str, int],
         device: str,
         precision: str = "fp32",
-        bracketed: bool = False,
-        pad_prompt: int | None = None,
         parts: tuple[Gr00tN1d5, Gr00tProcessor] | None = None,
     ):
         """
         Args:
             checkpoint: a folder or a hub id.
-            embodiment_tag: entry of its metadata.json; may be None where there is one.
+            embodiment_tag, data_config: entry of its metadata.json, and how it is read: `read_embodiment`.
+            row: of TASKS: what the task gives and takes (`modalities`, see `Gr00tProcessor.connect`), and the form of its
+                prompts (`bracketed`, `pad_prompt`, see `Gr00tProcessor.prompt`).
             texts: the instructions.
-            views: number of cameras.
-            sizes: columns of "state" and "action" that the task has.
             precision: fp32; bf16: the frozen backbone in bfloat16, fp32 products on a GPU in TF32; fp8: bf16, and the
                 backbone's linear layers in float8.
-            bracketed, pad_prompt: form of the prompts, see `Gr00tProcessor.prompt`.
             parts: a network and a processor in place of the checkpoint's.
 
         Raises SystemExit, in one line, where the checkpoint cannot be read or does not fit the task.
         """
         super().__init__()
-        with refuse_checkpoint(checkpoint):
-            net = parts[0] if parts else Gr00tN1d5.from_pretrained(checkpoint)
-            self.processor = parts[1] if parts else Gr00tProcessor.from_pretrained(checkpoint, net.config, embodiment_tag)
-            self.net = net.slice_embodiment(self.processor.embodiment_id)
+        net, processor = parts or (None, None)
+        with refuse_checkpoint(checkpoint):  # all that needs no weights comes first
+            self.processor = processor or Gr00tProcessor.from_pretrained(checkpoint, None, embodiment_tag, data_config, row)
+            self.processor.connect(row.modalities)
+        views = len(row.modalities["video"])
         try:
-            prompts, lengths = pad_prompts([self.processor.prompt(text, views, bracketed) for text in texts], pad_prompt)
+            prompts = [self.processor.prompt(text, views, row.bracketed) for text in texts]
+            prompts, lengths = pad_prompts(prompts, row.pad_prompt)
         except ValueError as error:
             raise SystemExit(f"--instruction: {error}") from error
-        for kind, wanted in sizes.items():
-            if (found := len(self.processor.normalizers[kind])) != wanted:
-                raise SystemExit(
-                    f"--checkpoint {checkpoint}: it has {found} {kind} dimensions, the task has {wanted}; fine-tune it on "
-                    "the task first (sft_gr00t.py)"
-                )
+        with refuse_checkpoint(checkpoint):
+            net = net or Gr00tN1d5.from_pretrained(checkpoint, config=self.processor.config)
+            self.net = net.slice_embodiment(self.processor.embodiment_id)
         self.texts, self.views, self.bf16 = texts, views, precision != "fp32"
         self.valid = self.processor.valid_action_dims
-        self.padded = pad_prompt is not None  # the head sees the padding, as RLinf's does
+        self.padded = row.pad_prompt is not None  # the head sees the padding, as RLinf's does
         self.mixed = not self.padded and len(set(lengths.tolist())) > 1  # it does not
         self.net.backbone.requires_grad_(False).to(device)
         self.net.action_head.float().to(device)  # fp32: means, log-probabilities and optimizer decide
@@ -202,6 +190,7 @@ def plan_memory(
     budget: float | None,
     checkpointing: bool,
     compiled: bool,
+    more: dict[str, float] | None = None,
 ) -> tuple[str, int, str]:
     """Where the features of a rollout wait, how large micro-batches are, and what that takes, estimated.
 
@@ -213,6 +202,7 @@ def plan_memory(
         cache: gpu, cpu (host memory) or off (the features are computed again).
         micro_batch_size: the largest.
         budget: [GB].
+        more: what else takes memory on the training device [bytes].
 
     Returns:
         cache, micro-batch size, and a line for the log.
@@ -234,6 +224,7 @@ def plan_memory(
             "gradients and AdamW": 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad),  # three times fp32
             f"{samples} samples an iteration": samples * (chain + kept),
             "activations": min(micro, samples) * one,
+            **(more or {}),
         } | ({"captured sampling": min(micro, samples) * graph} if compiled and not on_cpu else {})
 
     if budget:
@@ -247,7 +238,9 @@ def plan_memory(
         fitting = [way for way in ways if totals[way] <= budget * 1e9]
         if not fitting:
             least = math.ceil(min(totals.values()) / 1e8) / 10
-            raise SystemExit(f"--max-memory-gb {budget:g}: an estimate of {least} GB at least; use more, or fewer --num-envs")
+            raise SystemExit(
+                f"--max-memory-gb {budget:g}: an estimate of {least} GB at least; give more, or make the run smaller"
+            )
         cache, micro_batch_size = fitting[0]
         if not on_cpu:
             share = budget * 1e9 / torch.cuda.get_device_properties(device).total_memory

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,76 +14,79 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import Qwen2TokenizerFast
 
-from gr00t_n1d5.files import read_json, resolve_folder
-from gr00t_n1d5.network import Gr00tConfig
+from gr00t_n1d5.config import Gr00tConfig
+from gr00t_n1d5.embodiment import KINDS, ROTATIONS, STATISTICS, DataConfig, Embodiment, read_embodiment
+from gr00t_n1d5.files import resolve_folder
 
-# Rows of the category-specific layers. (RLinf puts its "new_embodiment" at 10, not at 31.)
-EMBODIMENT_IDS = {
-    "gr1": 24,
-    "oxe_droid": 17,
-    "agibot_genie1": 26,
-    "new_embodiment": 31,
-    "so100": 2,  # lerobot
-    "unitree_g1": 3,  # lerobot
-    "libero_franka": 31,  # this one and the rest: RLinf
-    "isaaclab_franka": 31,
-    "maniskill_widowx": 30,
-    "libero_panda": 2,
-    "robocasa_panda_omron": 13,
-}
 EAGLE_PROCESSOR = "lerobot/eagle2hg-processor-groot-n1p5"  # the tokenizer files, which no N1.5 checkpoint carries
-DEFAULT_INSTRUCTION = "Perform the default behavior."  # NVIDIA's, where a sample has none
+DEFAULT_INSTRUCTION = "Perform the default behavior."  # NVIDIA's, where a request has none
 
 
-STATISTICS = ("max", "min", "mean", "std", "q01", "q99")
+class Encoder:
+    """Between a robot's numbers (..., d) and the network's (..., e), key by key: after Isaac-GR00T's state_action.py.
 
+    | encoding    | forward                                       | degenerate range | inverse                     |
+    |-------------|-----------------------------------------------|------------------|-----------------------------|
+    | min_max     | 2 (x - min) / (max - min) - 1                 | 0                | (y + 1)/2 (max - min) + min |
+    | q99         | the same with q01, q99, then clipped          | x, then clipped  | the same with q01, q99      |
+    | mean_std    | (x - mean) / std                              | x                | y std + mean                |
+    | binary      | x > 0.5                                       |                  | y > 0.5                     |
+    | none        | x                                             |                  | y                           |
+    | sin_cos     | sines of the key, then its cosines            |                  |                             |
+    | rotation_6d | the rotation matrix's first two rows          |                  |                             |
+    | axis_angle  | rotation vector                               |                  | the data's own kind         |
 
-class Normalizer:
-    """Normalises the last dimension of (..., d) tensors by key and mode, after Isaac-GR00T's transform/state_action.py.
-
-    | mode     | forward                              | degenerate range | inverse                     |
-    |----------|--------------------------------------|------------------|-----------------------------|
-    | min_max  | 2 (x - min) / (max - min) - 1        | 0                | (y + 1)/2 (max - min) + min |
-    | q99      | the same with q01, q99, then clipped | x, then clipped  | the same with q01, q99      |
-    | mean_std | (x - mean) / std                     | x                | y std + mean                |
-    | binary   | x > 0.5                              |                  | y > 0.5                     |
+    After a rotation "+min_max" divides by the largest value there can be, 1 or pi.
     """
 
-    def __init__(self, statistics: Mapping[str, Mapping[str, Sequence[float]]], modes: Mapping[str, str]):
+    def __init__(self, embodiment: Embodiment, kind: str):
         columns: dict[str, list[Tensor]] = {}
-        for key, values in statistics.items():
-            mode = modes.get(key, "min_max")
-            if mode not in ("min_max", "q99", "mean_std", "binary"):
-                raise ValueError(f"normalisation mode {mode!r} of {key!r} is not one of min_max, q99, mean_std, binary")
-            stat = {name: torch.tensor(values[name], dtype=torch.float32).flatten() for name in STATISTICS}
-            low, high = (stat["q01"], stat["q99"]) if mode == "q99" else (stat["min"], stat["max"])
-            symmetric = mode in ("min_max", "q99")
+        self.parts: list[tuple[int, int, str, str | None]] = []  # columns before and after, what is done, with what
+        for key, encoding in getattr(embodiment.data, kind).items():
+            size, rotation = embodiment.sizes[kind][key], embodiment.rotation_type(kind, key)
+            change, _, norm = encoding.rpartition("+")
+            if encoding in ("sin_cos", *ROTATIONS):
+                change, norm = encoding, "none"
+            if change in ("", rotation):  # nothing to convert: normalised by the data's own statistics
+                self.parts.append((size, size, "", None))
+                stat = embodiment.statistics(kind)[key]
+            else:
+                after = {"sin_cos": 2 * size, "rotation_6d": 6, "axis_angle": 3}[change]
+                self.parts.append((size, after, change, rotation))
+                bound = [math.pi if change == "axis_angle" else 1.0] * after
+                stat = dict.fromkeys(STATISTICS, bound) | {"min": [-x for x in bound]}
+            stat = {name: torch.tensor(stat[name], dtype=torch.float32).flatten() for name in STATISTICS}
+            low, high = (stat["q01"], stat["q99"]) if norm == "q99" else (stat["min"], stat["max"])
+            symmetric = norm in ("min_max", "q99")
             for name, value in {
-                "shift": stat["mean"] if mode == "mean_std" else low,
-                "range": stat["std"] if mode == "mean_std" else high - low,
+                "shift": stat["mean"] if norm == "mean_std" else 0.0 if norm == "none" else low,
+                "range": stat["std"] if norm == "mean_std" else 1.0 if norm == "none" else high - low,
                 "gain": 2.0 if symmetric else 1.0,
                 "bias": -1.0 if symmetric else 0.0,
-                "keep": 0.0 if mode == "min_max" else 1.0,  # what is left of x where the range is 0
-                "clip": float(mode == "q99"),
-                "binary": float(mode == "binary"),
+                "keep": 0.0 if norm == "min_max" else 1.0,  # what is left of x where the range is 0
+                "clip": float(norm == "q99"),
+                "binary": float(norm == "binary"),
             }.items():
                 columns.setdefault(name, []).append(torch.zeros_like(low) + value)
-        self.columns = {name: torch.cat(values) for name, values in columns.items()}  # (d,) each
+        self.columns = {name: torch.cat(values) for name, values in columns.items()}  # (e,) each
+        self.before = sum(before for before, *_ in self.parts)
+        self.plain = not any(change for _, _, change, _ in self.parts)
 
     def __len__(self) -> int:
+        """e, the network's dimensions."""
         return len(self.columns["shift"])
 
-    def _columns(self, x: Tensor) -> dict[str, Tensor]:
-        if x.shape[-1] != len(self):
-            raise ValueError(f"{x.shape[-1]} dimensions, the statistics have {len(self)}")
-        return self.columns
-
-    def to(self, device: str | torch.device) -> "Normalizer":
+    def to(self, device: str | torch.device) -> "Encoder":
         self.columns = {name: column.to(device) for name, column in self.columns.items()}
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        c, x = self._columns(x), x.float()
+        if x.shape[-1] != self.before:
+            raise ValueError(f"{x.shape[-1]} dimensions, the statistics have {self.before}")
+        c, x = self.columns, x.float()
+        if not self.plain:
+            pieces = zip(x.split([before for before, *_ in self.parts], -1), self.parts)
+            x = torch.cat([convert(piece, change, rotation) for piece, (_, _, change, rotation) in pieces], -1)
         degenerate = c["range"] == 0
         y = c["gain"] * (x - c["shift"]) / torch.where(degenerate, 1.0, c["range"]) + c["bias"]
         y = torch.where(degenerate, c["keep"] * x, y)
@@ -91,9 +94,43 @@ class Normalizer:
         return torch.where(c["binary"] > 0, (x > 0.5).float(), y)
 
     def inverse(self, y: Tensor) -> Tensor:
-        c, y = self._columns(y), y.float()
+        if y.shape[-1] != len(self):
+            raise ValueError(f"{y.shape[-1]} dimensions, the statistics have {len(self)}")
+        c, y = self.columns, y.float()
         x = (y - c["bias"]) / c["gain"] * c["range"] + c["shift"]
-        return torch.where(c["binary"] > 0, (y > 0.5).float(), x)
+        x = torch.where(c["binary"] > 0, (y > 0.5).float(), x)
+        if self.plain:
+            return x
+        pieces = zip(x.split([after for _, after, *_ in self.parts], -1), self.parts)
+        return torch.cat(
+            [convert(piece, rotation, change) if change else piece for piece, (_, _, change, rotation) in pieces], -1
+        )
+
+
+def convert(x: Tensor, to: str, rotation: str | None) -> Tensor:
+    """One key's columns (..., d) as sines and cosines, or from one kind of rotation to another; "" leaves them."""
+    if to in ("", "sin_cos"):
+        return torch.cat([x.sin(), x.cos()], -1) if to else x
+    import roma  # few data sets have rotations
+
+    if rotation == "quaternion":  # w first
+        matrix = roma.unitquat_to_rotmat(roma.quat_wxyz_to_xyzw(F.normalize(x, dim=-1)))
+    elif rotation == "axis_angle":
+        matrix = roma.rotvec_to_rotmat(x)
+    elif rotation == "rotation_6d":
+        matrix = roma.special_gramschmidt(x.unflatten(-1, (2, 3)).mT).mT
+    else:
+        matrix = roma.euler_to_rotmat(rotation[-3:].translate(EULER_AXES), x)
+    if to == "rotation_6d":
+        return matrix[..., :2, :].flatten(-2)
+    if to == "axis_angle":
+        return roma.rotmat_to_rotvec(matrix)
+    if to == "quaternion":
+        return roma.quat_xyzw_to_wxyz(roma.rotmat_to_unitquat(matrix))
+    return roma.rotmat_to_euler(to[-3:].translate(EULER_AXES), matrix)
+
+
+EULER_AXES = str.maketrans("rpy", "XYZ")  # capitals: about the axes that were turned before
 
 
 class Augmentation(NamedTuple):
@@ -114,86 +151,48 @@ class Augmentation(NamedTuple):
 class Gr00tProcessor:
     """Between raw numbers and the network: prompt, images, normalisation, and the files that describe them.
 
-    `metadata` is NVIDIA's experiment_cfg/metadata.json, `tag` the entry in use; keys are concatenated in its order.
-    NVIDIA's file does not name the normalisation modes (its data configs do): `modes` gives them by "state.key" or
-    "action.key", absent ones are min_max, and other ones are kept in the file under "normalization_modes".
+    `config` is the network's, with the data config's crop and horizon (`Embodiment.adapt`).
     """
 
-    def __init__(
-        self,
-        config: Gr00tConfig,
-        tokenizer: Tokenizer,
-        metadata: dict,
-        tag: str,
-        modes: Mapping[str, str] | None = None,
-    ):
-        self.config, self.tokenizer, self.metadata, self.tag = config, tokenizer, metadata, tag
+    def __init__(self, config: Gr00tConfig, tokenizer: Tokenizer, embodiment: Embodiment):
+        self.config, self.tokenizer, self.embodiment = embodiment.adapt(config), tokenizer, embodiment
         found, wanted = tokenizer.token_to_id(config.image_token), config.image_token_id
         if found != wanted:
             raise ValueError(f"the tokenizer has {config.image_token} at {found}, the config at {wanted}")
-        try:
-            statistics = {m: metadata[tag]["statistics"][m] for m in ("state", "action")}
-            self.modes = dict(modes if modes is not None else metadata[tag].get("normalization_modes", {}))
-            unknown = set(self.modes) - {f"{m}.{key}" for m in statistics for key in statistics[m]}
-            if unknown:
-                raise ValueError(f"normalisation modes for unknown keys: {', '.join(sorted(unknown))}")
-            for modality, keys in statistics.items():
-                for key, values in keys.items():
-                    absent = [name for name in STATISTICS if name not in values]
-                    if absent:
-                        raise ValueError(f"{tag}: statistics of {modality}.{key} lack {', '.join(absent)}")
-                    sizes = {name: np.size(values[name]) for name in STATISTICS}
-                    if len(set(sizes.values())) > 1:
-                        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-                        raise ValueError(f"{tag}: statistics of {modality}.{key} differ in dimensions ({listed})")
-            self.normalizers = {
-                m: Normalizer(keys, {k: self.modes[f"{m}.{k}"] for k in keys if f"{m}.{k}" in self.modes})
-                for m, keys in statistics.items()
-            }
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{tag}: incomplete metadata ({error!r})") from error
-        for modality, limit in (("state", config.state_dim), ("action", config.action_dim)):
-            found = len(self.normalizers[modality])
-            if found > limit:
-                raise ValueError(f"{tag}: {found} {modality} dimensions, the network has {limit}")
+        self.encoders = {kind: Encoder(embodiment, kind) for kind in KINDS}
+        # places, in what a task gives, of the network's views and state columns; in the network's actions, of the task's
+        self.order: dict[str, Tensor | None] = dict.fromkeys(("video", *KINDS))  # None: the same order
 
     # files
     @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,
-        config: Gr00tConfig,
+        config: Gr00tConfig | None = None,
         embodiment_tag: str | None = None,
-        modes: Mapping[str, str] | None = None,
+        data_config: str | None = None,
+        row: Any = None,
         tokenizer: Tokenizer | None = None,
         local_files_only: bool = False,
     ) -> "Gr00tProcessor":
-        """Reads experiment_cfg/metadata.json and the tokenizer of a checkpoint (folder or hub id).
+        """Reads experiment_cfg/metadata.json and the tokenizer of a checkpoint (folder or hub id): `read_embodiment`.
 
-        The tag may be None where the file has exactly one. Without tokenizer files the hub's Eagle processor is used.
-        Raises FileNotFoundError for absent files, ValueError for an unknown tag or unusable content.
+        Without tokenizer files the hub's Eagle processor is used. Raises FileNotFoundError for absent files, ValueError
+        for unusable content, SystemExit for a tag or a data config that is missing or wrong.
         """
-        folder = resolve_folder(folder, local_files_only)
-        file = folder / "experiment_cfg" / "metadata.json"
-        metadata = read_json(file)
-        if embodiment_tag is None and len(metadata) == 1:
-            embodiment_tag = next(iter(metadata))
-        if embodiment_tag not in metadata:
-            raise ValueError(f"{file}: embodiment tag {embodiment_tag!r} is not one of {', '.join(sorted(metadata))}")
+        folder = resolve_folder(folder, local_files_only, weights=False)
+        embodiment = read_embodiment(folder, embodiment_tag, data_config, row)
         tokenizer = tokenizer or load_tokenizer(folder, local_files_only)
         try:
-            return cls(config, tokenizer, metadata, embodiment_tag, modes)
+            return cls(config or Gr00tConfig.read(folder), tokenizer, embodiment)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes experiment_cfg/metadata.json and tokenizer.json; other tags' entries are kept as they were read."""
         folder = Path(folder)
-        entry = {key: value for key, value in self.metadata[self.tag].items() if key != "normalization_modes"}
-        if self.modes:
-            entry["normalization_modes"] = self.modes
         texts = {
-            folder / "experiment_cfg" / "metadata.json": json.dumps({**self.metadata, self.tag: entry}, indent=2),
+            folder / "experiment_cfg" / "metadata.json": json.dumps(self.embodiment.to_dict(), indent=2),
             folder / "tokenizer.json": self.tokenizer.to_str(pretty=False),
         }
         for file, text in texts.items():
@@ -211,9 +210,14 @@ class Gr00tProcessor:
         action: Mapping[str, Tensor],
         video: Mapping[str, Mapping],
         tokenizer: Tokenizer,
-        modes: Mapping[str, str] | None = None,
+        encodings: Mapping[str, str] | None = None,
     ) -> "Gr00tProcessor":
-        """Statistics of data {key: (N, d)}; video {key: {"resolution": [W, H], "channels", "fps"}} goes along."""
+        """Statistics of data {key: (N, d)}, all keys in this order.
+
+        Args:
+            video: {key: {"resolution": [W, H], "channels", "fps"}}, which goes along.
+            encodings: by "state.key" or "action.key"; others are min_max.
+        """
         statistics: dict = {"state": {}, "action": {}}
         modalities: dict = {"video": {key: dict(value) for key, value in video.items()}, "state": {}, "action": {}}
         for modality, data in (("state", state), ("action", action)):
@@ -224,23 +228,43 @@ class Gr00tProcessor:
                 statistics[modality][key] = {name: value.tolist() for name, value in found.items()}
                 described = {"absolute": True, "rotation_type": None, "shape": [x.shape[1]], "continuous": True}
                 modalities[modality][key] = described
+        if unknown := set(encodings or {}) - {f"{m}.{key}" for m in KINDS for key in statistics[m]}:
+            raise ValueError(f"encodings of unknown keys: {', '.join(sorted(unknown))}")
         metadata = {tag: {"statistics": statistics, "modalities": modalities, "embodiment_tag": tag}}
-        return cls(config, tokenizer, metadata, tag, modes)
+        chosen = {m: {key: (encodings or {}).get(f"{m}.{key}", "min_max") for key in statistics[m]} for m in KINDS}
+        data_config = DataConfig(tuple(video), **chosen, action_indices=tuple(range(config.action_horizon)))
+        return cls(config, tokenizer, Embodiment(metadata, tag, data_config))
+
+    def connect(self, modalities: Mapping[str, Any]) -> None:
+        """From now on images, states and actions have a task's order, matched by name.
+
+        Args:
+            modalities: "video": keys; "state" and "action": {key: columns}; each in the task's order.
+
+        Raises ValueError where keys or sizes differ.
+        """
+        if problem := self.embodiment.misfit(modalities):
+            raise ValueError(problem)
+        video = list(modalities["video"])
+        self.order["video"] = _unless_same([video.index(key) for key in self.embodiment.data.video])
+        for kind in KINDS:
+            starts, start = {}, 0
+            for key, size in modalities[kind].items():
+                starts[key], start = start, start + size
+            places = [starts[key] + i for key, size in self.embodiment.sizes[kind].items() for i in range(size)]
+            self.order[kind] = _unless_same(places if kind == "state" else [places.index(i) for i in range(len(places))])
 
     def to(self, device: str | torch.device) -> "Gr00tProcessor":
         """Moves the statistics, in place."""
-        for normalizer in self.normalizers.values():
-            normalizer.to(device)
+        for encoder in self.encoders.values():
+            encoder.to(device)
+        self.order = {name: places if places is None else places.to(device) for name, places in self.order.items()}
         return self
 
     @property
     def embodiment_id(self) -> int:
         """The tag's row of the category-specific layers; 0 in a network with one row."""
-        if self.config.num_embodiments == 1:
-            return 0
-        if self.tag not in EMBODIMENT_IDS:
-            raise ValueError(f"embodiment tag {self.tag!r} has no id; known: {', '.join(EMBODIMENT_IDS)}")
-        return EMBODIMENT_IDS[self.tag]
+        return self.embodiment.id(self.config)
 
     @property
     def camera_size(self) -> int:
@@ -252,7 +276,8 @@ class Gr00tProcessor:
         """Token ids (L,) of an instruction and its camera views.
 
         Args:
-            bracketed: "['sentence']". NVIDIA trains on the plain sentence and serves single observations so.
+            bracketed: "['sentence']", as NVIDIA serves single observations: how numpy prints it, so that a sentence with
+                an apostrophe gets double quotation marks. NVIDIA trains on the plain sentence.
             pad_to: L, with zeros on the right; None: no padding. RLinf pads ids and mask so (its padding_value, 570 for
                 the cube stacking checkpoint); its head attends to the padding, which changes the actions. A policy that
                 continues from RLinf's weights needs these ids, and the unpadded lengths for `Backbone.forward`. Read
@@ -260,12 +285,11 @@ class Gr00tProcessor:
                 features of the padding (`Backbone.padding_feature`). Not matched: instructions of different lengths in
                 one batch, which RLinf's tokenizer first pads on the left.
 
-        Raises ValueError for a word unknown to a word-level tokenizer and for more than max_prompt_tokens tokens, or
-        more than pad_to.
+        Raises ValueError for a word unknown to a word-level tokenizer and for more than max_text_tokens beside
+        the images, or more than pad_to in all.
         """
         config = self.config
-        instruction = instruction if instruction.strip() else DEFAULT_INSTRUCTION
-        text = f"['{instruction}']" if bracketed else instruction
+        text = str(np.array([instruction])) if bracketed else instruction
         tokens = config.image_token * config.tokens_per_view
         images = "".join(config.image_template.format(view=view, tokens=tokens) for view in range(1, views + 1))
         text = config.prompt_template.replace("{images}", images).replace("{instruction}", text)
@@ -276,9 +300,9 @@ class Gr00tProcessor:
                 raise ValueError(f"instruction {instruction!r}: the word {text[start:end]!r} is not in the vocabulary")
         if encoding.ids.count(config.image_token_id) != views * config.tokens_per_view:
             raise ValueError(f"instruction {instruction!r}: holds {config.image_token}, kept for image features")
-        length, limit = len(encoding.ids), config.max_prompt_tokens
-        if length > limit:
-            raise ValueError(f"instruction {instruction!r}: {length} prompt tokens, at most {limit} are allowed")
+        length, limit = len(encoding.ids), config.max_text_tokens
+        if (own := length - views * config.tokens_per_view) > limit:
+            raise ValueError(f"instruction {instruction!r}: {own} tokens beside the images, at most {limit} are allowed")
         if pad_to is not None and length > pad_to:
             raise ValueError(f"instruction {instruction!r}: {length} prompt tokens cannot be padded to {pad_to}")
         return pad_prompts([torch.tensor(encoding.ids)], pad_to)[0][0]
@@ -293,7 +317,8 @@ class Gr00tProcessor:
         if images.dtype != torch.uint8 or images.ndim != 5 or images.shape[-1] != 3:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, not uint8 (B, V, H, W, 3)")
         size, crop = self.config.image_size, self.config.image_crop
-        x = images.permute(0, 1, 4, 2, 3)  # (B, V, 3, H, W)
+        places = self.order["video"]
+        x = (images if places is None else images[:, places]).permute(0, 1, 4, 2, 3)  # (B, V, 3, H, W)
         height, width = x.shape[-2:]
         if not x.shape[1]:  # no camera
             return x.new_empty(0, 3, size, size, dtype=torch.float32)
@@ -329,22 +354,48 @@ class Gr00tProcessor:
 
     def normalize_state(self, state: Tensor) -> Tensor:
         """Raw state (B, d) -> (B, 1, state_dim), zero-padded on the right."""
-        state = self.normalizers["state"].forward(state)
+        state = self.encoders["state"].forward(self._ordered("state", state))
         return F.pad(state, (0, self.config.state_dim - state.shape[-1]))[:, None]
 
     def normalize_action(self, action: Tensor) -> Tensor:
         """Raw actions (B, H, d) -> (B, H, action_dim), zero-padded on the right."""
-        action = self.normalizers["action"].forward(action)
+        if self.order["action"] is not None:
+            action = action[..., self.order["action"].argsort()]
+        action = self.encoders["action"].forward(action)
         return F.pad(action, (0, self.config.action_dim - action.shape[-1]))
 
     def unnormalize_action(self, action: Tensor) -> Tensor:
         """The network's actions (B, H, action_dim) -> raw actions (B, H, d), not clipped."""
-        return self.normalizers["action"].inverse(action[..., : self.valid_action_dims])
+        return self._ordered("action", self.encoders["action"].inverse(action[..., : self.valid_action_dims]))
+
+    def _ordered(self, kind: str, x: Tensor) -> Tensor:
+        places = self.order[kind]
+        return x if places is None else x[..., places]
 
     @property
     def valid_action_dims(self) -> int:
-        """d: the leading action dimensions that are not padding."""
-        return len(self.normalizers["action"])
+        """The leading action dimensions that are not padding."""
+        return len(self.encoders["action"])
+
+    def unusual(self, state: Tensor) -> str | None:
+        """Names the keys whose values, of raw states (B, d), lie far outside of what the checkpoint was trained on.
+
+        Far: more than the width of the training data's range beside it, in the median of the states. None where none do.
+        """
+        x, found, at = self._ordered("state", state).float().median(0).values.cpu(), [], 0
+        for key, size in self.embodiment.sizes["state"].items():
+            stat = self.embodiment.statistics("state")[key]
+            low, high = (torch.tensor(stat[name]).float().flatten() for name in ("min", "max"))
+            value, width = x[at : at + size], (high - low).clamp(min=1e-3)
+            if ((value < low - width) | (value > high + width)).any():
+                shown = [[round(v, 3) for v in t.tolist()] for t in (value, low, high)]
+                found.append(f"{key} is {shown[0]}, trained on {shown[1]} to {shown[2]}")
+            at += size
+        return "; ".join(found) or None
+
+
+def _unless_same(places: list[int]) -> Tensor | None:
+    return None if places == sorted(places) else torch.tensor(places)
 
 
 def pad_prompts(prompts: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:

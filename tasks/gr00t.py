@@ -35,14 +35,15 @@ log = logging.getLogger(__name__)
 class Task:
     """How an Isaac Lab task meets GR00T."""
 
-    cameras: tuple[str, ...]  # scene names, in the checkpoint's view order
-    state: dict[str, int]  # keys and sizes of the proprioception's columns, in order
+    cameras: dict[str, str]  # a checkpoint's video keys, and the cameras of the scene that are meant
+    state: dict[str, int]  # keys and sizes of the proprioception's columns, in order; matched to a checkpoint by name
     action: dict[str, int]  # keys and sizes of the action's columns, in order
     horizon: int  # environment steps per episode
     success: str | Callable  # name of the success termination, or a function of the env: (N,) bool
     instructions: tuple[str, ...]
     failures: tuple[str, ...] = ()  # names of terminations that end an attempt
     isaac: str = ""  # Isaac Lab's id, where it is not the row's name
+    isaacsim: bool = False  # needs Isaac Sim: PhysX alone steps it
     module: str | None = None  # imported to register the task; None: Isaac Lab's own
     terms: tuple[str | Callable, ...] = ()  # observation terms, or functions of the env, whose columns are the state
     privileged: int = 0  # columns of the observation group `critic`, which holds the simulator's state; 0: no such group
@@ -54,12 +55,19 @@ class Task:
     target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
     expert: str | None = None  # function of the module that demonstrates the task
     demo_params: dict[str, dict] = field(default_factory=dict)  # of event terms, while it demonstrates
+    embodiment_tag: str | None = None  # of the public checkpoint that the row is for
+    data_config: str | None = None  # how that one reads its metadata.json (gr00t_n1d5/embodiment.py)
     bracketed: bool = False  # instructions as "['sentence']", which NVIDIA's unbatched inference does
     pad_prompt: int | None = None  # tokens that prompts are padded to, where the checkpoint was trained so
 
     def texts(self, instruction: str | None) -> tuple[str, ...]:
         """The instructions of a run: the one that is asked for, or the task's own."""
         return (instruction,) if instruction else self.instructions
+
+    @property
+    def modalities(self) -> dict[str, Any]:
+        """What a checkpoint has to have: video keys, and columns of the keys of state and action."""
+        return {"video": tuple(self.cameras), "state": self.state, "action": self.action}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -71,7 +79,7 @@ class Task:
         import torch
 
         sensors = env.scene.sensors
-        views = [sensors[name].data.output["rgb"].torch[..., :3] for name in self.cameras]
+        views = [sensors[name].data.output["rgb"].torch[..., :3] for name in self.cameras.values()]
         return torch.stack(views, 1) if views else torch.empty(env.num_envs, 0, 1, 1, 3, dtype=torch.uint8, device=env.device)
 
 
@@ -89,9 +97,39 @@ def gripper_frame(env: Any) -> Tensor:
     position = frame.target_pos_w.torch[:, 0] - env.scene.env_origins
     quat = frame.target_quat_w.torch[:, 0]  # (N, 4) x, y, z, w
     quat = torch.where(quat[:, :1] < 0, -quat, quat)  # the hand points down: x is about 1 and w about 0, of either sign
-    axis, angle = quat[:, :3], 2 * torch.acos(quat[:, 3:].clamp(-1, 1))  # continuous through pi
-    rotation = angle * axis / axis.norm(dim=1, keepdim=True).clamp(min=1e-8)
+    w = quat[:, 3:].clamp(-1, 1)
+    # RLinf's quat2axisangle_torch, in its order of operations: continuous through pi
+    rotation = quat[:, :3] * 2 * torch.acos(w) / (1 - w * w).sqrt().clamp(min=1e-8)
     return torch.cat([position, rotation, joints[:, -2:-1], -joints[:, -1:]], 1).bfloat16().float()
+
+
+def arms_and_hands(env: Any) -> Tensor:
+    """Joint positions [rad] of arms (left, right) and hands (left, right), 7 each, in the order of Unitree's SDK: (N, 28).
+
+    As Isaac Lab feeds its Assemble-Trocar checkpoint through RLinf, rounded to bfloat16.
+    """
+    import torch
+    from isaaclab_tasks.contrib.assemble_trocar import mdp
+
+    body = mdp.get_robot_body_joint_states(env)  # (N, 3 * 29) positions, velocities, efforts; the arms are the last 14
+    return torch.cat([body[:, 15:29], mdp.get_robot_dex3_joint_states(env)], 1).bfloat16().float()
+
+
+def trocar_assembled(env: Any) -> Tensor:
+    """(N,) whether both parts were lifted, aligned, put into one another and laid down, in this order.
+
+    Isaac Lab 3.0 counts these stages in a reward term of weight 0, which its reward manager never calls.
+    """
+    from isaaclab_tasks.contrib.assemble_trocar import mdp
+    from isaaclab_tasks.contrib.assemble_trocar.g129_dex3_env_cfg import RewardsCfg
+
+    mdp.update_task_stage(env, **RewardsCfg().update_stage.params)
+    return mdp.task_success_termination(env)
+
+
+def still_legs(cfg: Any) -> None:
+    """Actions move arms and hands alone: legs and waist keep their default, the 0 that RLinf puts before a policy's actions."""
+    cfg.actions.joint_pos.joint_names = cfg.actions.joint_pos.joint_names[15:]
 
 
 def drawer_open(env: Any) -> Tensor:
@@ -152,7 +190,7 @@ def lift_cube(cfg: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------------
 STACK = Task(
     isaac="IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor",
-    cameras=("table_cam", "wrist_cam"),
+    cameras={"table_cam": "table_cam", "wrist_cam": "wrist_cam"},
     state={"eef_position": 3, "eef_quaternion": 4, "finger_positions": 2},
     terms=("eef_pos", "eef_quat", "gripper_pos"),  # the quaternion is x, y, z, w; Isaac Lab 2.x began with w
     action={"eef_position_delta": 3, "eef_rotation_delta": 3, "gripper_open": 1},  # inverse kinematics, scaled by 0.5
@@ -167,7 +205,7 @@ STACK = Task(
 TASKS = {
     "Tabletop-Lift-Cube-v0": Task(
         module="tasks.tabletop",
-        cameras=("cam",),
+        cameras={"cam": "cam"},
         state={"gripper_position": 3, "finger_positions": 2},
         action={"gripper_delta": 3, "gripper_open": 1},
         horizon=32,
@@ -179,17 +217,40 @@ TASKS = {
         demo_params={"reset": {"gantry_share": 0.5}},
     ),
     "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor": STACK,
-    # the setting of RLinf's public checkpoint (tag isaaclab_franka), 0.654 success before and 0.897 after its PPO
+    # the setting of RLinf's public checkpoint, 0.654 success before and 0.897 after its PPO
     "RLinf-Stack-Cube": dataclasses.replace(
         STACK,
+        cameras={"image": "table_cam", "wrist_image": "wrist_cam"},
         image_size=256,
         pad_prompt=570,
+        embodiment_tag="isaaclab_franka",
+        data_config="libero",
         state={"x": 1, "y": 1, "z": 1, "roll": 1, "pitch": 1, "yaw": 1, "gripper": 2},
         terms=(gripper_frame,),
         action={"x": 1, "y": 1, "z": 1, "roll": 1, "pitch": 1, "yaw": 1, "gripper": 1},
     ),
+    # the setting of Isaac Lab's own example of RL for GR00T, with the checkpoint nvidia/Assemble_Trocar; needs Isaac Sim
+    "IsaacContrib-Assemble-Trocar-G129-Dex3": Task(
+        cameras={
+            "room_view": "front_camera",
+            "left_wrist_view": "left_wrist_camera",
+            "right_wrist_view": "right_wrist_camera",
+        },
+        state={"left_arm": 7, "right_arm": 7, "left_hand": 7, "right_hand": 7},
+        terms=(arms_and_hands,),
+        action={"left_arm": 7, "right_arm": 7, "left_hand": 7, "right_hand": 7},  # joint targets
+        horizon=256,
+        success=trocar_assembled,
+        failures=("object_drop",),
+        instructions=("assemble trocar from tray",),
+        prepare=still_legs,
+        isaacsim=True,
+        pad_prompt=850,
+        embodiment_tag="new_embodiment",
+        data_config="isaaclab_g1_dex3",
+    ),
     "Isaac-Open-Drawer-Franka": Task(
-        cameras=("front_cam",),
+        cameras={"front_cam": "front_cam"},
         views={"front_cam": ((-0.6, 1.0, 1.1), (0.5, 0.0, 0.5))},
         state={"joint_position": 9},
         terms=("joint_pos",),
@@ -201,7 +262,7 @@ TASKS = {
         privileged_terms=("joint_pos", "joint_vel", "cabinet_joint_pos", "cabinet_joint_vel", "rel_ee_drawer_distance"),
     ),
     "Isaac-Lift-Franka": Task(
-        cameras=("front_cam",),
+        cameras={"front_cam": "front_cam"},
         views={"front_cam": ((-1.4, 0.0, 0.9), (-0.5, 0.0, 0.3))},
         state={"joint_position": 9},
         terms=("joint_pos",),
@@ -216,7 +277,7 @@ TASKS = {
     ),
     # no camera: it tries the whole path of a large body without rendering. GR00T has not seen such states or actions
     "Isaac-Humanoid": Task(
-        cameras=(),
+        cameras={},
         state={"base": 12, "joint_position": 21, "joint_velocity": 21},
         terms=(
             "base_height", "base_lin_vel", "base_ang_vel", "base_yaw_roll", "base_angle_to_target", "base_up_proj",
@@ -232,11 +293,13 @@ TASKS = {
 KIT_EVENTS = ("randomize_scene_lighting_domelight", "randomize_visual_texture_material", "randomize_visual_color")
 
 
-def find_task(name: str) -> Task:
-    """A row of TASKS; refuses a name without one, and lists the nearest that have one."""
+def find_task(name: str, runs: bool = True) -> Task:
+    """A row of TASKS; refuses a name without one, and lists the nearest that have one; also what cannot run here."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 3, 0.0)
         raise SystemExit(f"--task {name}: no row for it in TASKS; nearest: {', '.join(near)}")
+    if runs and TASKS[name].isaacsim and not importlib.util.find_spec("isaacsim"):
+        raise SystemExit(f"--task {name}: runs on PhysX, which comes with Isaac Sim; install that, or choose another task")
     return TASKS[name]
 
 
@@ -295,7 +358,7 @@ def task_config(
         cfg.scene.env_spacing = 0.0  # equal rounding everywhere: members of a group stay bit-identical
     for camera, (eye, look_at) in task.views.items():
         add_view(cfg, camera, eye, look_at)
-    for camera in task.cameras:
+    for camera in task.cameras.values():
         if not hasattr(cfg.scene, camera):
             found = [key for key, value in vars(cfg.scene).items() if hasattr(value, "data_types")]
             raise SystemExit(f"--task {name}: no camera {camera} in its scene; it has {', '.join(found) or 'none'}")
@@ -446,6 +509,6 @@ def check_columns(env: Any, name: str) -> None:
 
 if __name__ == "__main__":
     for name, task in TASKS.items():
-        views, sizes = ", ".join(task.cameras) or "no camera", task.sizes
+        views, sizes = ", ".join(task.cameras.values()) or "no camera", task.sizes
         columns = f"state {sizes['state']}, action {sizes['action']}"
         print(f"{name}: {views}; {columns}, {task.horizon} steps; {task.instructions[0]}")

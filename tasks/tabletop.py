@@ -165,9 +165,7 @@ class LiftSceneCfg(InteractiveSceneCfg):
             joint_pos=dict(zip(("x_joint", "y_joint", "z_joint"), GANTRY_HOME)) | {"finger_.*": FINGER_OPEN}
         ),
         actuators={
-            "arm": ImplicitActuatorCfg(
-                joint_names_expr=["[xyz]_joint"], stiffness=4000.0, damping=120.0, effort_limit_sim=1e3
-            ),
+            "arm": ImplicitActuatorCfg(joint_names_expr=["[xyz]_joint"], stiffness=4000.0, damping=120.0, effort_limit_sim=1e3),
             "fingers": ImplicitActuatorCfg(
                 joint_names_expr=["finger_.*"], stiffness=100.0, damping=10.0, effort_limit_sim=20.0
             ),
@@ -183,9 +181,7 @@ class LiftSceneCfg(InteractiveSceneCfg):
         renderer_cfg=MultiBackendRendererCfg(),
         spawn=sim_utils.PinholeCameraCfg(focal_length=44.0, horizontal_aperture=20.955, clipping_range=(0.05, 5.0)),
         # in front of the table, looking back along -x, 48 degrees down: a cube is about 12 of 64 pixels wide
-        offset=CameraCfg.OffsetCfg(
-            pos=(0.368, 0.0, 0.4437), rot=(0.66014, 0.66014, -0.25340, -0.25340), convention="ros"
-        ),
+        offset=CameraCfg.OffsetCfg(pos=(0.368, 0.0, 0.4437), rot=(0.66014, 0.66014, -0.25340, -0.25340), convention="ros"),
     )
 
 

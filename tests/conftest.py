@@ -35,6 +35,9 @@ def write_checkpoint():
     import torch
 
     from gr00t_n1d5 import Gr00tConfig, Gr00tN1d5, Gr00tProcessor, tiny_tokenizer
+    from tasks.gr00t import TASKS
+
+    task = TASKS["Tabletop-Lift-Cube-v0"]
 
     def write(folder: Path, state: dict[str, int] | None = None, action: dict[str, int] | None = None) -> Path:
         """Two of the network's six action dimensions are padding, unless `action` has more than four."""
@@ -46,9 +49,9 @@ def write_checkpoint():
         processor = Gr00tProcessor.from_statistics(
             config,
             "new_embodiment",
-            {key: torch.randn(100, n, generator=generator) for key, n in (state or {"arm": 3, "fingers": 2}).items()},
-            {key: torch.randn(100, n, generator=generator) for key, n in (action or {"arm": 3, "gripper": 1}).items()},
-            {},
+            {key: torch.randn(100, n, generator=generator) for key, n in (state or task.state).items()},
+            {key: torch.randn(100, n, generator=generator) for key, n in (action or task.action).items()},
+            {"cam": {"resolution": [64, 64], "channels": 3, "fps": 25}},
             tiny_tokenizer(["lift", "the", "red", "blue", "cube"], config),
         )
         net.save_pretrained(folder)

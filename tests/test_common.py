@@ -357,9 +357,7 @@ def test_metrics_over_ranks_of_which_one_lacks_names(tmp_path):
     on_two_ranks(metrics_of_a_rank, tmp_path)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1]
-    assert found[0] == pytest.approx(
-        {"both": 5.5, "max": -1, "update/a": 2, "update/a_k0": 1, "update/a_k1": 3, "sum": 4}
-    )
+    assert found[0] == pytest.approx({"both": 5.5, "max": -1, "update/a": 2, "update/a_k0": 1, "update/a_k1": 3, "sum": 4})
 
 
 # ---------------------------------------------------------------- names and arguments of runs

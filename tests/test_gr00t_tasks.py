@@ -179,7 +179,7 @@ def check(name: str, script: str, folder: Path) -> dict:
         if script == "grpo_gr00t":
             found["groups"] = groups(env, lambda seed: env.reset(seed, GROUP))
         found["renders"], found["ends"] = renders(env), ends(env, name)
-        if "wrist_cam" in TASKS[name].cameras:
+        if "wrist_cam" in TASKS[name].cameras.values():
             found["freshness"] = freshness(env)
         module.train(args, env, policy, run, ranks)
     found["log"] = (run.dir / "log.txt").read_text()
@@ -211,7 +211,7 @@ def test_a_row_in_the_simulator(name, tmp_path):
     if "Humanoid" in name:
         expected = [[True, False], [False, True]]
     assert found["ends"] == expected
-    if "wrist_cam" in task.cameras:  # proprioception and camera are those of the state, right after a reset, too
+    if "wrist_cam" in task.cameras.values():  # proprioception and camera are those of the state, right after a reset, too
         tolerance = 4e-3 if name.startswith("RLinf") else 1e-5  # which is rounded to bfloat16
         assert found["freshness"]["reset"] < tolerance and found["freshness"]["chunk"] < tolerance
         assert found["freshness"]["camera reset"] < 1e-4 and found["freshness"]["camera chunk"] < 1e-4
@@ -239,11 +239,11 @@ def refused(monkeypatch, **changes) -> str:
 
 
 def test_rows_that_do_not_fit_are_refused(monkeypatch):
-    text = refused(monkeypatch, isaac="Isaac-Open-Drawer-Franka", cameras=("wrist", "front_cam"))
+    text = refused(monkeypatch, isaac="Isaac-Open-Drawer-Franka", cameras={"wrist": "wrist", "front": "front_cam"})
     assert text.startswith("--task mine:") and "camera wrist" in text and "it has front_cam" in text
     text = refused(monkeypatch, isaac="Isaac-Open-Drawer-Franka", terms=("joint_pos", "joint_torque"))
     assert "no observation term joint_torque" in text and "joint_vel" in text and "rel_ee_drawer_distance" in text
-    text = refused(monkeypatch, isaac="Isaac-Humanoid-Direct", cameras=(), views={})
+    text = refused(monkeypatch, isaac="Isaac-Humanoid-Direct", cameras={}, views={})
     assert "Isaac-Humanoid-Direct is a direct task" in text
 
 

@@ -663,7 +663,7 @@ SPLIT = {
 
 
 def target_kl(name: str) -> float:
-    """"rate": the KL of all ranks together is above twice of it, that of one rank's half is not."""
+    """ "rate": the KL of all ranks together is above twice of it, that of one rank's half is not."""
     if name != "rate":
         return 1e-4
     return 2 * Case(2, target_kl=1e9, **SPLIT[name]).update(5e-3, sgd=True)["kl"] / 2.2  # of the second of two steps

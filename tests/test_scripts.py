@@ -168,7 +168,7 @@ def test_resume_takes_the_runs_arguments_and_explicit_flags(script, tmp_path, mo
     assert "\n" not in str(refused.value)
 
 
-def test_checkpoints_and_tasks_that_do_not_fit(tiny_checkpoint, write_checkpoint, tmp_path, monkeypatch):
+def test_checkpoints_and_tasks_that_do_not_fit(tiny_checkpoint, tmp_path):
     """What takes torch to find out, of Gr00tPolicy and its actor."""
     import grpo_gr00t
 
@@ -184,12 +184,9 @@ def test_checkpoints_and_tasks_that_do_not_fit(tiny_checkpoint, write_checkpoint
     config = json.loads((other / "config.json").read_text())
     config["action_head_cfg"]["hidden_size"] += 8
     (other / "config.json").write_text(json.dumps(config))
-    arm = write_checkpoint(tmp_path / "arm", {"arm": 3, "fingers": 2}, {"arm": 5, "gripper": 1})
-    for folder in (truncated, other, arm):
+    for folder in (truncated, other):
         assert refused(checkpoint=str(folder)).startswith(f"--checkpoint {folder}:")
-    assert "6 action dimensions, the task has 4" in refused(checkpoint=str(arm))
-    assert "embodiment tag 'octopus' is not one of new_embodiment" in refused(embodiment_tag="octopus")
-    for text, why in (("lift the green cube", "green"), ("lift the red cube " * 8, "at most 32")):
+    for text, why in (("lift the green cube", "green"), ("lift the red cube " * 8, "at most 16")):
         assert refused(instruction=text).startswith("--instruction: ") and why in refused(instruction=text)
     for chunk in (5, 16):  # does not divide the episode; is more than the model gives
         assert refused(chunk=chunk).startswith(f"--chunk {chunk}: must divide the episode's 32 steps")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import socket
 from pathlib import Path
@@ -259,14 +261,58 @@ def test_what_cannot_work(world, flags, start, remedy, monkeypatch):
         check(Args(device="cpu", **flags))
     assert str(caught.value).startswith(start) and remedy in str(caught.value)
     if "task" in flags:
-        assert check(Args(task="Isaac-Humanoid", checkpoint="x", evaluate=True))  # which needs no expert
+        with pytest.raises(SystemExit, match="--checkpoint x: no such folder"):
+            check(Args(task="Isaac-Humanoid", checkpoint="x", evaluate=True))  # which needs no expert
 
 
-def test_augmentation_by_default_at_full_size(checkpoint, monkeypatch):
-    def parsed(*flags: str) -> bool:
+def test_settings_by_size(checkpoint, tmp_path, monkeypatch):
+    """At full size NVIDIA's recipe: head and DiT at 1e-4, the backbone frozen in bf16, images augmented, memory planned."""
+
+    def parsed(*flags: str) -> Args:
         monkeypatch.setattr("sys.argv", ["sft_gr00t.py", *flags])
-        return sft_gr00t.parse().augment
+        return sft_gr00t.parse()
 
-    full = ("--checkpoint", "nvidia/GR00T-N1.5-3B")
-    assert not parsed() and not parsed("--checkpoint", str(checkpoint)) and parsed(*full)
-    assert parsed("--augment") and not parsed(*full, "--no-augment")
+    (tmp_path / "config.json").write_text(json.dumps(Gr00tConfig().to_dict()))  # no weights: nothing is loaded yet
+    full = ("--checkpoint", str(tmp_path))
+    for flags in ((), ("--checkpoint", str(checkpoint))):
+        assert (parsed(*flags).tune, parsed(*flags).learning_rate, parsed(*flags).augment) == ("all", 1e-3, False)
+    found = parsed(*full)
+    assert (found.tune, found.learning_rate, found.augment, found.precision) == ("head", 1e-4, True, "bf16")
+    assert found.max_memory_gb < 80
+    assert parsed("--augment").augment and not parsed(*full, "--no-augment").augment
+
+
+def test_the_average_of_the_weights(checkpoint):
+    """What is evaluated and saved lags behind: 0.99 of it stays with each step, less in the first ones."""
+    simulate = SimpleNamespace(state={"iteration": 0}, event=lambda *_: None, log=lambda *a, **k: None, result=lambda **k: None)
+    saved, seen = {}, []
+    simulate.save = lambda name, save, *_: saved.setdefault(name, save)
+    args = given(checkpoint, steps=25, batch_size=4, eval_episodes=0, tune="head")
+    policy, g = Gr00tActor(args), torch.Generator().manual_seed(3)
+    trained = policy.net.action_head.vlln.weight
+    before, step = trained.detach().clone(), torch.optim.AdamW.step
+    averages = [before.clone()]
+
+    def watched(self, *a):
+        out = step(self, *a)
+        seen.append(trained.detach().clone())
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", watched)
+        patch.setattr(sft_gr00t, "collect", lambda *_: demonstrations(20, g))
+        copied, deepcopy = [], copy.deepcopy
+
+        def kept(x, memo=None):
+            copied.append(deepcopy(x, memo))
+            return copied[-1]
+
+        patch.setattr(sft_gr00t.copy, "deepcopy", kept)
+        sft_gr00t.train(args, None, policy, simulate, Ranks(0, 1))
+    for i, x in enumerate(seen):
+        decay = min(0.99, (1 + i) / (10 + i))
+        averages.append(averages[-1] + (1 - decay) * (x - averages[-1]))
+    (found,) = (x.net for x in copied if isinstance(x, Gr00tActor))
+    torch.testing.assert_close(found.action_head.vlln.weight, averages[-1])
+    assert not torch.allclose(found.action_head.vlln.weight, seen[-1], atol=1e-5)
+    assert found.backbone is policy.net.backbone and list(saved) == ["last"]  # what is frozen is not copied

@@ -1,0 +1,90 @@
+"""Data configs and metadata.json: against NVIDIA's own transforms (tests/golden), and what is refused before weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from gr00t_n1d5 import DATA_CONFIGS, Embodiment, Gr00tConfig, Gr00tProcessor, load_tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+with safe_open(GOLDEN / "nvidia_transforms.safetensors", framework="pt") as file:
+    CASES = {case["name"]: case for case in json.loads(file.metadata()["cases"])}
+torch.set_num_threads(1)
+
+
+def tensors(name: str) -> dict[str, torch.Tensor]:
+    with safe_open(GOLDEN / "nvidia_transforms.safetensors", framework="pt") as file:
+        return {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}/")}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(GOLDEN / "tokenizer")
+
+
+def processor_of(name: str, tokenizer) -> Gr00tProcessor:
+    """At full size, with metadata whose keys are more, and in another order."""
+    case = CASES[name]
+    return Gr00tProcessor(Gr00tConfig(), tokenizer, Embodiment(case["metadata"], case["tag"], DATA_CONFIGS[name]))
+
+
+def test_every_row_is_checked():
+    assert set(DATA_CONFIGS) - set(CASES) == {"maniskill_widowx"}  # RLinf's: the encodings of fourier_gr1_arms_only
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_inputs_and_outputs_are_nvidias(name, tokenizer):
+    """What enters the network and what leaves it, by NVIDIA's data config of that name."""
+    processor, case, found = processor_of(name, tokenizer), CASES[name], tensors(name)
+    data, views = DATA_CONFIGS[name], len(DATA_CONFIGS[name].video)
+    images = torch.stack([found[f"video/{key}"] for key in data.video], 1)  # (B, V, H, W, 3)
+    pixels = processor.images(images)
+    assert torch.equal(((pixels[..., ::7, ::7] + 1) * 127.5).round().byte(), found["pixels"])
+    state = torch.cat([found[f"state/{key}"] for key in data.state], -1)
+    torch.testing.assert_close(processor.normalize_state(state)[:, 0], found["state_input"], rtol=0, atol=1e-6)
+    assert processor.prompt(case["instruction"], views).tolist() == found["prompt"][0].tolist()
+    assert processor.prompt(case["instruction"], views, bracketed=True).tolist() == found["prompt_single"].tolist()
+    actions = processor.unnormalize_action(found["actions"])
+    expected = torch.cat([found[f"action/{key}"] for key in data.action], -1)
+    torch.testing.assert_close(actions, expected, rtol=1e-6, atol=1e-6)
+    assert processor.embodiment_id == case["embodiment_id"] and data.language == case["language_key"]
+
+
+@pytest.mark.parametrize("name", ["so100", "oxe_droid", "isaaclab_g1_dex3"])
+def test_a_task_with_another_order(name, tokenizer):
+    """Keys are matched by name: views, state and actions of a task that has them in another order."""
+    plain, processor, found, data = (
+        processor_of(name, tokenizer),
+        processor_of(name, tokenizer),
+        tensors(name),
+        DATA_CONFIGS[name],
+    )
+    other = {kind: dict(reversed(plain.embodiment.sizes[kind].items())) for kind in ("state", "action")}
+    processor.connect(other | {"video": data.video[::-1]})
+    images = [found[f"video/{key}"] for key in data.video]
+    assert torch.equal(processor.images(torch.stack(images[::-1], 1)), plain.images(torch.stack(images, 1)))
+    state = torch.cat([found[f"state/{key}"] for key in other["state"]], -1)
+    torch.testing.assert_close(processor.normalize_state(state)[:, 0], found["state_input"], rtol=0, atol=1e-6)
+    actions = processor.unnormalize_action(found["actions"])
+    expected = torch.cat([found[f"action/{key}"] for key in other["action"]], -1)
+    torch.testing.assert_close(actions, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        processor.normalize_action(actions), plain.normalize_action(plain.unnormalize_action(found["actions"]))
+    )
+
+
+def test_the_tokenizer_is_nvidias(tokenizer):
+    """Instructions of many kinds, plain and bracketed, with one to three views; the files have what these need."""
+    texts, processor = json.loads((GOLDEN / "tokenizer" / "texts.json").read_text()), processor_of("so100", tokenizer)
+    image = processor.config.image_token_id
+    for i, text in enumerate(texts["texts"]):
+        for form in ("ids", "bracketed"):
+            views = i % 3 + 1
+            before = [t for token in texts["before"][views - 1] for t in ([image] * 256 if token == image else [token])]
+            expected = before + texts[form][i] + texts["after"]
+            assert processor.prompt(text, views, form == "bracketed").tolist() == expected, text
