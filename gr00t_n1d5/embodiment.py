@@ -66,6 +66,8 @@ class DataConfig:
     embodiment_id: int | None = None  # row of the category-specific layers; None: EMBODIMENT_IDS has the tag's
 
     def __post_init__(self) -> None:
+        if isinstance(self.video, str) or not all(isinstance(getattr(self, kind), Mapping) for kind in KINDS):
+            raise ValueError("video must be a list of keys, state and action maps of keys to encodings")
         for name in ("video", "action_indices", "observation_indices"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for kind in KINDS:
@@ -95,7 +97,7 @@ class DataConfig:
         try:
             return cls(**content)
         except TypeError as error:
-            raise ValueError(f"video, state and action must be a list and two maps ({error})") from error
+            raise ValueError(f"not a data config ({error})") from error
 
 
 def _all(encoding: str, keys: str) -> dict[str, str]:

@@ -14,12 +14,10 @@ episodes would not be alike.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import importlib
 import importlib.util
-import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -318,7 +316,6 @@ def task_config(
         dense: keep the task's own rewards; a script that watches success alone has no use for them.
     """
     import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own tasks)
-    from isaaclab_tasks.utils import parse_env_cfg
     from isaaclab_tasks.utils.presets import MultiBackendRendererCfg
 
     from tasks import stock
@@ -332,11 +329,7 @@ def task_config(
     if task.module:
         importlib.import_module(task.module)
         presets = (*((f"physics={physics}",) if physics else ()), *renders)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                cfg = parse_env_cfg(isaac, device, num_envs, overrides=[*presets, *task.overrides])
-        except Exception as error:  # hydra's own kinds
-            raise SystemExit(f"--physics {physics}: {' '.join(str(error).split())}") from error
+        cfg = stock.parse_config(isaac, device, num_envs, [*presets, *task.overrides])
     else:
         cfg = stock.task_config(isaac, device, num_envs, physics, (*renders, *task.overrides), {})
         cfg.compute_final_obs = False

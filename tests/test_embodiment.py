@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from gr00t_n1d5 import DATA_CONFIGS, Embodiment, Gr00tConfig, Gr00tProcessor, load_tokenizer
+from gr00t_n1d5 import DATA_CONFIGS, DataConfig, Embodiment, Gr00tConfig, Gr00tProcessor, find_data_config, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 with safe_open(GOLDEN / "nvidia_transforms.safetensors", framework="pt") as file:
@@ -88,3 +89,61 @@ def test_the_tokenizer_is_nvidias(tokenizer):
             before = [t for token in texts["before"][views - 1] for t in ([image] * 256 if token == image else [token])]
             expected = before + texts[form][i] + texts["after"]
             assert processor.prompt(text, views, form == "bracketed").tolist() == expected, text
+
+
+def test_states_far_from_the_training_data_are_named(tokenizer):
+    processor = processor_of("so100", tokenizer)
+    statistics = processor.embodiment.statistics("state")
+    low, high = (
+        torch.cat([torch.tensor(statistics[key][end]) for key in DATA_CONFIGS["so100"].state]) for end in ("min", "max")
+    )
+    state = ((low + high) / 2).expand(5, -1).clone()
+    assert processor.unusual(state) is None
+    state[0, 2] = 1e6  # one environment of five
+    assert processor.unusual(state) is None
+    state[:, -1] = 2 * high[-1] - low[-1] + 1
+    assert processor.unusual(state).startswith("gripper is [") and "single_arm" not in processor.unusual(state)
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"state": {"arm": "minmax"}}, "state.arm: 'minmax' is not one of min_max"),
+        ({"state": {"arm": "sin_cos+min_max"}}, "is not one of"),
+        ({"action": {"arm": "sin_cos"}}, "sin_cos cannot be undone"),
+        ({"observation_indices": [-1, 0]}, "no history, no gaps"),
+        ({"action_indices": [0, 2, 4]}, "no history, no gaps"),
+        ({"views": ["front"]}, "unknown fields views; there are action"),
+        ({"state": ["arm"]}, "state and action maps of keys"),
+        ({"video": "front"}, "video must be a list of keys"),
+        ({"video": 1}, "not a data config"),
+    ],
+)
+def test_data_configs_of_ones_own(change, why, tmp_path):
+    own = {"video": ["front"], "state": {"arm": "min_max"}, "action": {"arm": "min_max"}}
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(own))
+    assert find_data_config(str(file)) == DataConfig(("front",), {"arm": "min_max"}, {"arm": "min_max"})
+    assert DataConfig.from_dict(find_data_config(str(file)).to_dict()) == find_data_config(str(file))
+    file.write_text(json.dumps(own | change))
+    with pytest.raises(SystemExit, match=f"--data-config {file}: .*({why})"):
+        find_data_config(str(file))
+
+
+def test_embodiments_of_ones_own(tokenizer):
+    """A tag without an id, an id of one's own, another crop and horizon, rotations without a kind, sizes that do not fit."""
+    case = CASES["so100"]
+    metadata = {"my_robot": case["metadata"][case["tag"]]}
+    with pytest.raises(ValueError, match="'my_robot' has no id; give embodiment_id in a data config"):
+        Gr00tProcessor(Gr00tConfig(), tokenizer, Embodiment(metadata, "my_robot", DATA_CONFIGS["so100"]))
+    data = dataclasses.replace(DATA_CONFIGS["so100"], embodiment_id=7, crop=1.0, action_indices=range(8))
+    processor = Gr00tProcessor(Gr00tConfig(), tokenizer, Embodiment(metadata, "my_robot", data))
+    assert (processor.embodiment_id, processor.config.image_crop, processor.config.action_horizon) == (7, 1.0, 8)
+    assert processor.camera_size == 224
+    with pytest.raises(ValueError, match="embodiment id 40 of tag 'my_robot': the network has 32"):
+        Embodiment(metadata, "my_robot", dataclasses.replace(data, embodiment_id=40)).adapt(Gr00tConfig())
+    turned = dataclasses.replace(data, state={"single_arm": "rotation_6d", "gripper": "min_max"})
+    with pytest.raises(ValueError, match="rotation_type of state.single_arm is None, not one of quaternion"):
+        Embodiment(metadata, "my_robot", turned)
+    with pytest.raises(ValueError, match="my_robot: 6 action dimensions, the network has 4"):
+        Embodiment(metadata, "my_robot", data).adapt(Gr00tConfig(action_dim=4))

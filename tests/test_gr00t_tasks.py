@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.random_checkpoint import write_random
-from tasks.gr00t import TASKS, check_columns, gripper_frame, task_config
+from tasks.gr00t import TASKS, check_columns, find_task, gripper_frame, task_config
 
 STACK = "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor"
 RUNS = {  # row: the script that trains on it, its flags
@@ -317,6 +317,74 @@ def test_the_rotation_that_rlinf_feeds_is_continuous_where_the_hand_points_down(
     state = gripper_frame(SimpleNamespace(scene=scene))
     torch.testing.assert_close(state[:, 3:6], (roll[:, None] * direction).bfloat16().float(), rtol=0, atol=0.016)  # bfloat16
     assert state[:, 3:6].diff(dim=0).abs().max() < 0.05 and state[0, 6:].tolist() == [7.0, -8.0]
+
+
+ARM = ("shoulder_pitch", "shoulder_roll", "shoulder_yaw", "elbow", "wrist_roll", "wrist_pitch", "wrist_yaw")
+HAND = ("thumb_0", "thumb_1", "thumb_2", "middle_0", "middle_1", "index_0", "index_1")
+
+
+def trocar_env() -> SimpleNamespace:
+    """What the row's functions read: 43 joints in the order that PhysX gives them, two objects in two environments."""
+    from isaaclab_tasks.contrib.assemble_trocar.config import G1_29DOF_BODY_JOINT_INDICES, G1_DEX3_JOINT_INDICES
+    from isaaclab_tasks.contrib.assemble_trocar.g129_dex3_env_cfg import joint_names
+
+    names = dict(zip((*G1_29DOF_BODY_JOINT_INDICES, *G1_DEX3_JOINT_INDICES), joint_names_by_limb(joint_names)))
+    joints = torch.arange(43.0).expand(2, 43)
+    box = SimpleNamespace
+    robot = box(
+        data=box(joint_pos=box(torch=joints), joint_vel=box(torch=joints)), actuators=box(applied_effort=box(torch=joints))
+    )
+
+    class Scene(dict):
+        env_origins = torch.tensor([[0.0, 0, 0], [10.0, 0, 0]])
+
+    things = {
+        f"trocar_{i}": box(data=box(root_pos_w=box(), root_quat_w=box(torch=torch.tensor([[0.0, 0, 0, 1]] * 2))))
+        for i in (1, 2)
+    }
+    return box(scene=Scene(robot=robot, **things), num_envs=2, device="cpu", names=names)
+
+
+def joint_names_by_limb(joint_names: list[str]) -> list[str]:
+    """Legs, waist, arms, hands; the action's list has the legs' joints side by side."""
+    legs = [name for side in ("left", "right") for name in joint_names[:12] if name.startswith(side)]
+    return legs + joint_names[12:]
+
+
+def test_the_trocar_rows_columns_are_arms_and_hands():
+    """State and action have the keys' order: left and right arm, left and right hand, joint by joint."""
+    env, row = trocar_env(), TASKS["IsaacContrib-Assemble-Trocar-G129-Dex3"]
+    state = row.terms[0](env)
+    expected = [f"{side}_{joint}_joint" for side in ("left", "right") for joint in ARM]
+    expected += [f"{side}_hand_{joint}_joint" for side in ("left", "right") for joint in HAND]
+    assert [env.names[int(i)] for i in state[0]] == expected and sum(row.state.values()) == 28
+    from isaaclab_tasks.contrib.assemble_trocar.g129_dex3_env_cfg import ActionsCfg
+
+    cfg = SimpleNamespace(actions=ActionsCfg())
+    row.prepare(cfg)
+    assert cfg.actions.joint_pos.joint_names == expected and cfg.actions.joint_pos.preserve_order
+    assert set(cfg.actions.joint_pos.offset) <= set(expected)
+
+
+def test_the_trocar_rows_success_goes_through_its_stages():
+    env, row = trocar_env(), TASKS["IsaacContrib-Assemble-Trocar-G129-Dex3"]
+    from isaaclab_tasks.contrib.assemble_trocar.mdp.rewards import get_assemble_trocar_state
+
+    state = get_assemble_trocar_state(env)
+    state.tip_offset_trocar_1 = state.tip_offset_trocar_2 = torch.zeros(3)
+    lifted, laid = torch.tensor([-1.6, 1.6, 1.1]), torch.tensor([-1.6, 1.6, 0.86])
+    for place, stages in ((laid, 0), (lifted, 3), (laid, 4)):  # laid down at once is nothing
+        for thing in ("trocar_1", "trocar_2"):
+            env.scene[thing].data.root_pos_w.torch = env.scene.env_origins + place
+        found = row.success(env)
+        assert state.task_stage.tolist() == [stages] * 2 and found.tolist() == [stages == 4] * 2
+
+
+def test_a_task_that_needs_isaac_sim():
+    with pytest.raises(
+        SystemExit, match="--task IsaacContrib-Assemble-Trocar-G129-Dex3: runs on PhysX, which comes with Isaac Sim"
+    ):
+        find_task("IsaacContrib-Assemble-Trocar-G129-Dex3")
 
 
 if __name__ == "__main__":
