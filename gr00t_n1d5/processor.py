@@ -424,7 +424,8 @@ def load_tokenizer(path: str | Path, local_files_only: bool = False) -> Tokenize
     try:
         if (folder / "tokenizer.json").is_file():
             return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return Qwen2TokenizerFast.from_pretrained(folder).backend_tokenizer
+        # said outright, or transformers takes the Eagle processor's folder for a Mistral tokenizer and warns
+        return Qwen2TokenizerFast.from_pretrained(folder, fix_mistral_regex=False).backend_tokenizer
     except Exception as error:  # tokenizers raises a bare Exception
         raise ValueError(f"{folder}: unusable tokenizer files ({error})") from error
 
