@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parent
 
 tl: Any = None  # triton.language, set by _triton(): the kernels below look it up in the module's globals
 _named: set[tuple[str, str]] = set()
+_no_compiler = False  # a launch has failed
 
 
 @functools.cache
@@ -61,11 +63,26 @@ def _kernel(name: str, backend: Backend, tensor: Tensor) -> Any:
     kernels = _triton() if want else None
     if backend == "triton" and kernels is None:
         raise RuntimeError(f"{name}: backend='triton', but Triton is not installed; use 'auto' or 'torch'")
+    kernels = None if backend == "auto" and _no_compiler else kernels
     path = "triton" if kernels else "torch"
     if (name, path) not in _named:
         _named.add((name, path))
         log.info("%s: %s path (%s)", name, path, tensor.device.type)
     return kernels and kernels[name]
+
+
+def _launched(name: str, backend: Backend, launch: Callable[[], Any]) -> bool:
+    """Launches a Triton kernel; False where that fails (it takes a C compiler) and torch may stand in."""
+    global _no_compiler
+    try:
+        launch()
+        return True
+    except Exception as error:  # subprocess's, Triton's and the driver's own kinds
+        if backend == "triton":
+            raise
+        _no_compiler = True
+        log.warning("%s: torch path from now on, Triton does not launch (%s)", name, " ".join(str(error).split())[:200])
+        return False
 
 
 def gae(
@@ -122,8 +139,10 @@ def gae(
             advantages, returns = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])  # (T, N)
             block = 128  # 4096 envs are 32 programs: small blocks spread the lanes over more SMs
             with torch.cuda.device_of(advantages):
-                kernel[((N + block - 1) // block,)](*inputs, advantages, returns, float(gamma), float(lam), N, T=T, BLOCK=block)
-            return advantages, returns
+                launch = kernel[((N + block - 1) // block,)]
+                launch = partial(launch, *inputs, advantages, returns, float(gamma), float(lam), N, T=T, BLOCK=block)
+                if _launched("gae", backend, launch):
+                    return advantages, returns
 
         next_values = torch.cat([values[1:], last_value[None]])  # (T, N)
         next_values = torch.where(truncated, final_values, next_values).masked_fill_(terminated, 0.0)
@@ -199,11 +218,12 @@ def group_advantages(
             advantages, keep = torch.empty_like(grouped), torch.empty_like(mask)
             block = 1 << (group_size - 1).bit_length()  # Triton wants a power of two
             with torch.cuda.device_of(advantages):
-                kernel[(grouped.shape[0],)](
-                    grouped, mask.contiguous(), advantages, keep, float(eps),
+                launch = partial(
+                    kernel[(grouped.shape[0],)], grouped, mask.contiguous(), advantages, keep, float(eps),
                     G=group_size, BLOCK=block, NORMALIZE=bool(normalize_std),
                 )  # fmt: skip
-            return advantages.view(-1), keep.view(-1)
+                if _launched("group_advantages", backend, launch):
+                    return advantages.view(-1), keep.view(-1)
 
         count = mask.sum(1, keepdim=True)  # (groups, 1)
         high = grouped.masked_fill(~mask, -math.inf).amax(1, keepdim=True)
@@ -383,16 +403,21 @@ class Ranks(NamedTuple):
         return x
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sums gradients over the ranks in one message; a rank without samples counts as zero."""
+        """Sums gradients over the ranks, in messages of up to 256 MB; a rank without samples counts as zero."""
         if self.world == 1:
             return
         import torch
 
-        parameters = list(parameters)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = self.reduce(torch.cat([g.flatten() for g in grads]))
-        for p, g in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
-            p.grad = g.view_as(p).clone()
+        parts: list[list[Tensor]] = [[]]
+        for p in parameters:
+            if sum(x.numel() for x in parts[-1]) + p.numel() > 1 << 26:  # in fp32
+                parts.append([])
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            parts[-1].append(p.grad)
+        for grads in filter(None, parts):
+            flat = self.reduce(torch.cat([g.flatten() for g in grads]))
+            for g, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                g.copy_(summed.view_as(g))
 
 
 # ---------------------------------------------------------------- logging: figures of an iteration
@@ -514,11 +539,15 @@ class StageTimer:
 
 
 def peak_memory_gb(device: str) -> float:
-    """Peak memory of this process: allocated on the GPU, or resident on the host [GB]."""
+    """Peak memory: allocated on the GPU, or what it has in use now if that is more; or resident on the host [GB].
+
+    In use is what other processes and libraries hold, too: a simulator's memory is not torch's.
+    """
     if str(device).startswith("cuda"):
         import torch
 
-        return torch.cuda.max_memory_allocated() / 1e9
+        free, total = torch.cuda.mem_get_info(device)
+        return max(torch.cuda.max_memory_allocated(device), total - free) / 1e9
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -13,7 +13,8 @@ ppo_continuous_action.py, the reference of that article:
 - The learning rate follows the KL of the policy, as Isaac Lab's recipes do; `--schedule linear` anneals it.
 - The critic sees the task's critic observations where it has some.
 - At a checkpoint a run itself goes on from what the checkpoint holds: a resumed run equals an uninterrupted one.
-- Neither rollout nor update waits for the device: the learning rate lives there, too.
+- An update does not wait for the device: the learning rate lives there, too. A rollout does where Isaac Lab's environments
+  look for episodes that have ended, and once where time-outs are bootstrapped (`make_batch`).
 
 One iteration: `rollout` -> `make_batch` -> `update` (`ppo_loss` per minibatch) -> `run.log`.
 """

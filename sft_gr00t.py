@@ -378,7 +378,8 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.99))
+    fused = policy.device.type == "cuda"  # without temporaries of the weights' size
+    optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.99), fused=fused)
     generator = torch.Generator().manual_seed(args.seed + 1_000_003 * ranks.rank)  # a rank draws of its own samples
     run.event(f"{len(state)} samples, {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters")
     log, result = Metrics(args.device, ranks), {}
@@ -439,7 +440,7 @@ def main(args: Args) -> None:
     if not args.evaluate and not args.fsdp:
         average = {"moving average": 4 * sum(p.numel() for p in policy.trainable())}
         _, policy.micro_batch_size, plan = plan_memory(
-            policy, args.batch_size // ranks.world, "off", args.micro_batch_size, args.max_memory_gb,
+            policy, args.batch_size // ranks.world, 1, "off", args.micro_batch_size, args.max_memory_gb,
             args.activation_checkpointing, False, average,
         )  # fmt: skip
     with Run(vars(args), __file__, ranks, args.exp_name, args.steps, args.device) as run:

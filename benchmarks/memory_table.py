@@ -50,7 +50,7 @@ def main() -> None:
                 cells = []
                 for budget in CARDS.values():
                     try:
-                        cache, micro, _ = plan_memory(policy, envs * chunks, "gpu", 128, budget, False, False)
+                        cache, micro, _ = plan_memory(policy, envs, chunks, "gpu", 128, budget, False, False)
                         cells.append(f"{micro} {cache}")
                     except SystemExit as error:
                         cells.append(str(error))

@@ -557,8 +557,9 @@ def measure_script(
     calls = own.num_envs * (env.task.horizon // policy.chunk)
     if own.max_memory_gb:
         own.feature_cache, own.micro_batch_size, _ = plan_memory(
-            policy, calls, own.feature_cache, own.micro_batch_size, own.max_memory_gb, own.activation_checkpointing, own.compile
-        )
+            policy, own.num_envs, env.task.horizon // policy.chunk, own.feature_cache, own.micro_batch_size, own.max_memory_gb,
+            own.activation_checkpointing, own.compile,
+        )  # fmt: skip
         policy.micro_batch_size = own.micro_batch_size
     limit = micro_batches and micro_batches * own.micro_batch_size
     critic = list(policy.critic.parameters()) if hasattr(policy, "critic") else []

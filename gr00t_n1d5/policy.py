@@ -73,6 +73,7 @@ class Gr00tPolicy(nn.Module):
         self.register_buffer("lengths", lengths.to(device), persistent=False)  # (P,) without padding
         if torch.device(device).type == "cuda":
             torch.set_float32_matmul_precision("high" if self.bf16 else "highest")
+            torch.backends.cudnn.allow_tf32 = self.bf16  # of the one convolution, too
             if precision == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
                 raise SystemExit("--precision fp8: this GPU has no float8 products (those from Ada on have); use bf16")
         if precision == "fp8":
@@ -102,6 +103,8 @@ class Gr00tPolicy(nn.Module):
         if checkpointing:
             for block in self.blocks():
                 recompute(block)
+        if compiled:  # each kind of block for features, sampling, update and base model, with tails of batches: more than 8
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         kinds = ("SiglipEncoderLayer", "Qwen3DecoderLayer", "DiTBlock", "SelfAttentionBlock")
         for block in self.modules() if compiled else ():
             if type(block).__name__ in kinds:
@@ -123,6 +126,20 @@ class Gr00tPolicy(nn.Module):
             pixels = self.processor.images(obs["images"], augmentation)
             features = self.net.backbone(self.prompts[obs["prompt"]], pixels, lengths)
         return features.bfloat16() if self.bf16 else features
+
+    def feature_buffer(self, chunks: int, envs: int, cache: str) -> Tensor | None:
+        """Where the features of a rollout wait for the update, (T, N, L, D); None where they are computed again.
+
+        Args:
+            cache: gpu, cpu (host memory, pinned where there is a GPU) or off.
+        """
+        if cache == "off" or self.trains_backbone:
+            return None
+        shape = chunks, envs, self.prompts.shape[1], self.net.config.text_hidden_size
+        dtype = torch.bfloat16 if self.bf16 else next(self.net.backbone.parameters()).dtype
+        if cache == "cpu":
+            return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def encode(self, obs: TensorDict, head: ActionHead | None = None) -> ActionContext:
         """What the denoising steps need of an observation, by the policy's head or another one."""
@@ -152,13 +169,9 @@ class Gr00tPolicy(nn.Module):
 # ------------------------------------------------------------------------------------------------------------------
 # samples that wait for the update
 # ------------------------------------------------------------------------------------------------------------------
-def sample_buffer(chunk: TensorDict, length: int, on_host: bool) -> TensorDict:
-    """Empty samples (T, N) for `length` chunks like this one (N,); features in (pinned) host memory if asked for."""
-    samples = {name: x.new_empty(length, *x.shape) for name, x in chunk.items() if not (on_host and name == "features")}
-    if on_host and "features" in chunk.keys():
-        x = chunk["features"]
-        samples["features"] = torch.empty(length, *x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-    return TensorDict(samples, (length, *chunk.batch_size))
+def sample_buffer(chunk: TensorDict, length: int) -> TensorDict:
+    """Empty samples (T, N) for `length` chunks like this one (N,)."""
+    return TensorDict({name: x.new_empty(length, *x.shape) for name, x in chunk.items()}, (length, *chunk.batch_size))
 
 
 def take(samples: TensorDict, rows: Tensor, device: str) -> TensorDict:
@@ -184,7 +197,8 @@ def activation_bytes(config: Gr00tConfig, length: int, views: int, backbone: boo
 
 def plan_memory(
     policy: Gr00tPolicy,
-    samples: int,
+    envs: int,
+    chunks: int,
     cache: str,
     micro_batch_size: int,
     budget: float | None,
@@ -198,7 +212,7 @@ def plan_memory(
     no more than that. Without one, what a rollout keeps has to fit what is free. Raises SystemExit where nothing fits.
 
     Args:
-        samples: policy calls of this rank that are kept for an update.
+        envs, chunks: of this rank: what acts at once, and how often before an update.
         cache: gpu, cpu (host memory) or off (the features are computed again).
         micro_batch_size: the largest.
         budget: [GB].
@@ -207,11 +221,12 @@ def plan_memory(
     Returns:
         cache, micro-batch size, and a line for the log.
     """
-    config, length, device = policy.net.config, policy.prompts.shape[1], policy.device
+    config, length, device, samples = policy.net.config, policy.prompts.shape[1], policy.device, envs * chunks
     through = policy.trains_backbone
     element = 2 if policy.bf16 else next(policy.net.backbone.parameters()).element_size()
     chain = 8 * config.action_horizon * config.action_dim
-    images, features = 3 * policy.views * config.image_size**2, length * config.text_hidden_size * element
+    camera = math.ceil(config.image_size / config.image_crop)
+    images, features = 3 * policy.views * camera**2, length * config.text_hidden_size * element
     one = activation_bytes(config, length, policy.views, through, checkpointing)
     graph = 4 * length * (config.dit_layers * config.dit_dim + 4 * config.text_hidden_size)  # its own keys, values, features
     on_cpu = device.type == "cpu"
@@ -224,11 +239,14 @@ def plan_memory(
             "gradients and AdamW": 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad),  # three times fp32
             f"{samples} samples an iteration": samples * (chain + kept),
             "activations": min(micro, samples) * one,
+            "base model's pass": min(micro, samples) * graph * hasattr(policy, "base_mean"),
+            "images of two moments": 2 * envs * images,
             **(more or {}),
         } | ({"captured sampling": min(micro, samples) * graph} if compiled and not on_cpu else {})
 
     if budget:
-        on_host = not on_cpu and samples * features < psutil.virtual_memory().available
+        pinned = 1 << (samples * features - 1).bit_length()  # torch rounds it up to a power of two
+        on_host = not on_cpu and pinned < psutil.virtual_memory().available
         caches = ["gpu", "cpu", "off"] if on_host else ["gpu", "off"]
         caches = caches[caches.index(cache) :] if cache in caches else [cache]
         micros = [max(micro_batch_size >> i, 1) for i in range(micro_batch_size.bit_length())]

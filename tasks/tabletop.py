@@ -441,12 +441,18 @@ class LiftEnv(ManagerBasedRLEnv):
         if stepper == "mujoco_c" and not on_cpu:
             raise ValueError("physics=mujoco_c steps on the CPU only; use --device cpu or --physics newton_mjwarp")
         physics.num_substeps = SUBSTEPS if stepper == "warp" else 1  # C MuJoCo runs the substeps itself
+        if stepper == "warp":  # contacts in a fixed order: members of a group stay alike, seeds and resumed runs repeat
+            physics.deterministic_mode, physics.solver_cfg.disable_sensors = "run_to_run", True
         self.target = torch.zeros(cfg.scene.num_envs, dtype=torch.long, device=cfg.sim.device)
         super().__init__(cfg, **kwargs)
         if stepper == "mujoco_c":
             MujocoCStepper(SUBSTEPS, torch.get_num_threads())
             log.info("physics: C MuJoCo on the CPU, Newton's compiled model (Warp instead: --physics newton_mjwarp)")
         else:
+            # at full line search iterations the kernels would print a line each, tens of thousands an episode
+            from isaaclab_newton.physics import NewtonManager
+
+            NewtonManager._solver.mjw_model.opt.warn_overflow = False
             log.info("physics: Newton MuJoCo-Warp on %s", cfg.sim.device)
 
     @property

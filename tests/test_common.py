@@ -224,6 +224,35 @@ def test_triton_kernels_in_the_interpreter():
 
 
 @parent_only
+def test_triton_that_does_not_launch_is_replaced_by_torch(caplog, monkeypatch):
+    """As in an image without a C compiler: one line, and the same numbers."""
+
+    class Broken:
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, *args, **kwargs):
+            raise RuntimeError("Failed to find C compiler.")
+
+    inputs = [x.float() if x.is_floating_point() else x for x in rollout(3, 4, 0)]
+    expected = common.gae(*inputs, 0.9, 0.9), common.group_advantages(torch.arange(4.0), 2)
+    monkeypatch.setattr(common, "_no_compiler", False)
+    monkeypatch.setattr(common, "_named", set())
+    monkeypatch.setattr(common, "_triton", lambda: dict.fromkeys(("gae", "group_advantages"), Broken()))
+    kernel = common._kernel
+    # "auto" asks for Triton on a GPU alone
+    monkeypatch.setattr(common, "_kernel", lambda name, backend, x: None if common._no_compiler else kernel(name, "triton", x))
+    for _ in range(2):
+        found = common.gae(*inputs, 0.9, 0.9), common.group_advantages(torch.arange(4.0), 2)
+        assert all(torch.equal(a, b) for x, y in zip(found, expected) for a, b in zip(x, y))
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert line == "gae: torch path from now on, Triton does not launch (Failed to find C compiler.)"
+    monkeypatch.setattr(common, "_no_compiler", False)
+    with pytest.raises(RuntimeError, match="C compiler"):  # who asks for it is told
+        common.gae(*inputs, 0.9, 0.9, backend="triton")
+
+
+@parent_only
 def test_path_is_named_once_and_triton_may_be_missing(caplog, monkeypatch):
     monkeypatch.setattr(common, "_named", set())
     monkeypatch.setitem(sys.modules, "triton", None)  # import triton -> ImportError, as on a Mac

@@ -13,7 +13,7 @@ from torch import nn
 import grpo_gr00t
 import ppo_gr00t_frozen
 import ppo_gr00t_lora
-from common import Noise
+from common import Metrics, Noise
 from gr00t_n1d5.network import Fp8Linear, Gr00tConfig, Gr00tN1d5, recompute
 from tests.test_grpo_math import ALONE, observation, perturb
 
@@ -46,8 +46,9 @@ def test_sampling_is_one_graph(module, tiny_checkpoint, explore):
 def test_micro_batches_do_not_change_the_actions(module, tiny_checkpoint, explore):
     """Every row keeps its own noise."""
     policy, found = make(module, tiny_checkpoint), []
+    obs = observation(8).set("critic", torch.randn(8, 6))
     for policy.micro_batch_size in (8, 3):
-        found.append(policy.act(observation(8), Noise("cpu", ALONE, 1), explore))
+        found.append(policy.act(obs, Noise("cpu", ALONE, 1), explore))
     assert all(torch.allclose(found[0][name].float(), found[1][name].float(), atol=1e-4) for name in found[0].keys())
 
 
@@ -71,13 +72,14 @@ def test_micro_batches_may_share_their_memory(tiny_checkpoint):
 def test_compiled_and_captured_actions_on_a_gpu(module, checkpointing, tiny_checkpoint, monkeypatch):
     """Graphs and compiled blocks against the plain network, and the update's first ratio with them."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    found, obs = [], observation(8).to("cuda")
+    found, obs = [], observation(8).set("critic", torch.randn(8, 6)).to("cuda")
     for on in (False, True):
         flags = {"compile": on, "activation_checkpointing": checkpointing, "micro_batch_size": 5}
         policy = make(module, tiny_checkpoint, "cuda:0", **flags)
+        features = policy.feature_buffer(1, 8, "gpu")[0]
         for _ in range(3):  # a graph is recorded in the second call, and replayed in the third
-            out = policy.act(obs, Noise("cuda", ALONE, 1), True)
-        batch = TensorDict({**obs.exclude("images"), **out}, 8)
+            out = policy.act(obs, Noise("cuda", ALONE, 1), True, features)
+        batch = TensorDict({**obs.exclude("images"), **out, "features": features}, 8)
         assert (policy.evaluate(batch)[0] - out["log_prob"]).abs().max() < 1e-2
         found.append(out)
     assert torch.allclose(found[0]["action"], found[1]["action"], atol=1e-3, rtol=1e-3)
@@ -127,7 +129,7 @@ def test_a_float8_backbone_on_a_gpu():
     config = Gr00tConfig.tiny()
     net = Gr00tN1d5(config).backbone.eval().requires_grad_(False).cuda()
     ids = torch.full((2, config.tokens_per_view + 2), config.image_token_id, device="cuda")
-    ids[:, -2:] = 1
+    ids[:, -2:] = config.image_token_id + 1  # as many image tokens as features, or a device-side assert ends the process
     pixels = torch.rand(2, 3, config.image_size, config.image_size, device="cuda") * 2 - 1
     expected = net(ids, pixels)
     net.to_fp8()
@@ -163,3 +165,25 @@ def test_a_copied_block_recomputes_itself():
     with torch.no_grad():
         other.weight.zero_()
     assert torch.equal(other(x), block.bias.expand(2, 4)) and not torch.equal(block(x), other(x))
+
+
+@every_script
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_stay_compiled(module, checkpointing, tiny_checkpoint, monkeypatch):
+    """Dynamo goes back to eager in silence after 8 versions of a block, fewer than a run of tails and base model has."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend="eager"))
+    policy = make(module, tiny_checkpoint, compile=True, activation_checkpointing=checkpointing)
+    args = module.Args(device="cpu", checkpoint=str(tiny_checkpoint))
+    for policy.micro_batch_size in (8, 5, 3):
+        obs, features = observation(8).set("critic", torch.randn(8, 6)), policy.feature_buffer(1, 8, "gpu")[0]
+        for explore in (False, True):
+            out = policy.act(obs, Noise("cpu", ALONE, 1), explore, features)
+        own = {"features": features, "advantage": torch.ones(8), "weight": torch.ones(8)}
+        loss = module.grpo_loss if module is grpo_gr00t else module.ppo_loss
+        loss(policy, TensorDict({**obs.exclude("images"), **out, **own}, 8), args, Metrics("cpu", ALONE), True).backward()
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] == frames["total"] > 4
+    torch._dynamo.reset()

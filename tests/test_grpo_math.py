@@ -318,11 +318,17 @@ def test_ratio_is_one_before_the_first_update(tiny_checkpoint):
         assert ((policy.evaluate(batch)[0] - batch["log_prob"]).exp() - 1).abs().max() < 1e-5
     _, figures = updated(args, policy, samples, keep)
     assert figures["update/first_ratio_error"] < 1e-5
-    check_ratio(figures, 1e-5)
-    check_ratio({}, 1e-5)  # no group carried a gradient
+    check_ratio(figures, args)
+    check_ratio({}, args)  # no group carried a gradient
     perturb(policy)  # and the figure says so when it is not
     with pytest.raises(SystemExit, match="ratio on the first minibatch is off by"):
-        check_ratio(updated(args, policy, samples, keep)[1], 1e-5)
+        check_ratio(updated(args, policy, samples, keep)[1], args)
+    off, gpu = {"update/first_ratio_error": 2e-5}, dataclasses.replace(args, device="cuda:0")  # a tail's other kernel there
+    check_ratio(off, gpu)
+    check_ratio({"update/first_ratio_error": 0.05}, dataclasses.replace(gpu, precision="bf16"))
+    for given in (args, dataclasses.replace(gpu, precision="fp32")):
+        with pytest.raises(SystemExit, match="a bug"):
+            check_ratio({"update/first_ratio_error": 2e-3}, given)
 
 
 # ---------------------------------------------------------------- loss

@@ -30,7 +30,7 @@ def policy():
 
 def plan(policy, budget: float | None, samples: int = SAMPLES, cache: str = "gpu", micro: int = 128, compiled: bool = False):
     """Place of features, micro-batch size, line for the log."""
-    return plan_memory(policy, samples, cache, micro, budget, checkpointing=False, compiled=compiled)
+    return plan_memory(policy, samples // 2, 2, cache, micro, budget, checkpointing=False, compiled=compiled)
 
 
 @pytest.fixture(autouse=True)
