@@ -123,8 +123,8 @@ class Backbone(nn.Module):
         for name, module in list(self.named_modules()):
             if ".layers." in name and type(module) is nn.Linear and not any(n % 16 for n in module.weight.shape):
                 self.set_submodule(name, Fp8Linear(module))
-                # eager, the rounding moves 3.5 times the bytes of the product; a CPU has nothing to gain
-                if module.weight.is_cuda:
+                if module.weight.is_cuda:  # eager, the rounding moves 3.5 times the bytes of the product
+                    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
                     self.get_submodule(name).compile()
 
     def _apply(self, fn, recurse=True):
