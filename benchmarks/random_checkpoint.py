@@ -3,12 +3,15 @@
     python benchmarks/random_checkpoint.py --task Isaac-Open-Drawer-Franka --out runs/random
     python benchmarks/random_checkpoint.py --task Isaac-Open-Drawer-Franka --out runs/random_3b --size full
 
-Full size has the layout of nvidia/GR00T-N1.5-3B, and needs its tokenizer from the hub.
+Full size has the layout of nvidia/GR00T-N1.5-3B; its tokenizer knows little more than bytes.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,7 +36,7 @@ def write_random(name: str, folder: Path, size: Literal["tiny", "full"] = "tiny"
     import torch
 
     from gr00t_n1d5.network import Gr00tConfig, Gr00tN1d5
-    from gr00t_n1d5.processor import EAGLE_PROCESSOR, Gr00tProcessor, load_tokenizer, tiny_tokenizer
+    from gr00t_n1d5.processor import Gr00tProcessor, load_tokenizer, tiny_tokenizer
 
     task, tiny = TASKS[name], size == "tiny"
     torch.manual_seed(seed)
@@ -41,7 +44,7 @@ def write_random(name: str, folder: Path, size: Literal["tiny", "full"] = "tiny"
     config = (
         Gr00tConfig.tiny(**dims, vocab_size=64, max_position_embeddings=1024, max_text_tokens=64) if tiny else Gr00tConfig()
     )
-    tokenizer = tiny_tokenizer(" ".join(task.instructions).split(), config) if tiny else load_tokenizer(EAGLE_PROCESSOR)
+    tokenizer = tiny_tokenizer(" ".join(task.instructions).split(), config) if tiny else load_tokenizer(small_tokenizer())
     ends = torch.tensor([-1.0, 1.0])[:, None]
     data = [{key: ends.expand(2, n) for key, n in columns.items()} for columns in (task.state, task.action)]
     views = {key: {"resolution": [config.image_size] * 2, "channels": 3, "fps": 10} for key in task.cameras}
@@ -49,6 +52,16 @@ def write_random(name: str, folder: Path, size: Literal["tiny", "full"] = "tiny"
     net = Gr00tN1d5(config)
     (net if tiny else net.bfloat16()).save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def small_tokenizer() -> str:
+    """A folder with a part of the tokenizer (tests/golden), its gaps filled, which nothing has to be fetched for."""
+    source, folder = Path(__file__).resolve().parents[1] / "tests" / "golden" / "tokenizer", tempfile.mkdtemp()
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    known = json.loads((source / "vocab.json").read_text())
+    unused = set(range(max(known.values()))) - set(known.values())
+    (Path(folder) / "vocab.json").write_text(json.dumps(known | {f"<unused {i}>": i for i in unused}))
+    return folder
 
 
 if __name__ == "__main__":

@@ -191,4 +191,5 @@ def test_what_is_planned_is_what_is_held(name, views, envs, budget):
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))))
+    print(json.dumps(measured(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))), flush=True)
+    os._exit(0)  # torch does not always survive the end of storages that are watched

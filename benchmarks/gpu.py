@@ -1,0 +1,243 @@
+"""The first hour on a GPU: everything that has to be measured there, most valuable first, in rungs of at most 8 minutes.
+
+    python benchmarks/gpu.py --rung 1                 # one rung
+    python benchmarks/gpu.py --minutes 10             # as many steps as fit, from where the last call stopped
+    python benchmarks/gpu.py --device cpu             # the same ladder with the tiny network: does every step run at all?
+
+Rungs: 1 paths and exactness; 2 full-size rollout; 3 full-size update and memory; 4 the simulator; 5 the main job, tiny
+network; 6 the main job at full size, random weights. Every step is a process of its own with a time limit; its line goes to
+--out/results.jsonl as soon as it has ended, and the table beside it is written anew. A step that has succeeded on this
+device is not repeated. Steps that need Isaac Lab say so where it is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+Check = Literal["ratio", "sync", "again"]
+
+
+@dataclass
+class Args:
+    rung: int | None = None  # 1 to 6; all of them by default
+    minutes: float | None = None  # begin no step that may end later
+    device: str = "auto"  # cpu: with the tiny network and small numbers
+    out: Path = ROOT / "runs" / "gpu"  # results.jsonl, table.md
+    check: Check | None = None  # what a step of rung 1 does in its own process
+
+
+class Step(NamedTuple):
+    rung: int
+    name: str
+    command: str
+    isaaclab: bool = False  # needs it
+
+
+def steps(device: str) -> list[Step]:
+    """The ladder; a CPU gets the tiny network and small numbers."""
+    gpu = device != "cpu"
+    many, random, size = (4096, "runs/random_3b", "full") if gpu else (32, "runs/random_tiny", "tiny")
+    bench = f"benchmarks/throughput.py --device {device} --out runs/gpu/throughput_{device.replace(':', '')} --what"
+    grpo = f"grpo_gr00t.py --device {device} --eval-episodes 0"
+    full = f"{grpo} --checkpoint {random} --num-envs {many} --group-size 16 --iterations 1 --exp-name gpu_full"
+    demo = f"grpo_gr00t.py --device {device} --exp-name gpu_demo" + (
+        "" if gpu else " --num-envs 32 --iterations 2 --eval-episodes 32"
+    )
+    demos = f"sft_gr00t.py --device {device} --demos {4 * many} --num-envs {many}"
+    tiny = [
+        Step(
+            5,
+            f"GRPO, tiny network, {n} environments",
+            f"{grpo} --num-envs {n} --iterations {20 if gpu else 2} --exp-name gpu_{n}",
+            True,
+        )
+        for n in ((1024, 4096) if gpu else (32,))
+    ]
+    return [
+        Step(1, "tests", "-m pytest -q -n 0 tests/test_gpu_paths.py tests/test_common.py -k 'gpu or triton or float8'"),
+        *(Step(1, name, f"benchmarks/gpu.py --check {name} --device {device}") for name in ("ratio", "sync", "again")),
+        *(Step(2, f"rollout, {n} views", f"{bench} rollout --views {n} --row-seconds 5") for n in (1, 2)),
+        Step(3, "memory", f"{bench} memory --views 1"),
+        Step(3, "update", f"{bench} update --views 1 --precisions {'tf32' if gpu else 'fp32'}"),
+        Step(4, "simulator", f"{bench} newton", True),
+        Step(4, "expert", f"{demos} --steps 1 --eval-episodes 0 --exp-name gpu_expert", True),
+        *tiny,
+        Step(5, "README's command", demo, True),
+        Step(6, "random weights", f"benchmarks/random_checkpoint.py --task Tabletop-Lift-Cube-v0 --out {random} --size {size}"),
+        Step(6, "GRPO, random weights, within 40 GB", f"{full}_40 --max-memory-gb 40", True),
+        Step(6, "GRPO, random weights", full, True),
+    ]  # fmt: skip
+
+
+LIMIT = 480  # seconds of a step
+
+
+def figures(step: Step, output: str) -> dict[str, Any]:
+    """What a step says of itself: the last line of JSON that it prints, and the figures of its run's last iteration."""
+    found: dict[str, Any] = {}
+    for line in output.splitlines():
+        if line.startswith("{"):
+            found = json.loads(line)
+        if "expert success" in line:
+            found["expert"] = float(line.split()[-1])
+    if "--exp-name" in step.command:
+        run = ROOT / "runs" / step.command.split("--exp-name ")[1].split()[0]
+        if (run / "summary.json").is_file():
+            summary = json.loads((run / "summary.json").read_text())
+            found |= {key: summary[key] for key in ("seconds", "steps_per_second", "peak_memory_gb") if key in summary}
+            after = summary.get("ode_success_after") or {}
+            found |= {"success": after["mean"]} if after else {}
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| rung | step | device | result | seconds | figures |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        shown = "; ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row["figures"].items()
+        )
+        cells = row["rung"], row["name"], row["device"], row["result"], f"{row['seconds']:.0f}", shown
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def climb(args: Args) -> None:
+    from common import pick_device
+
+    device, start = pick_device(args.device), time.monotonic()
+    file = args.out / "results.jsonl"
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    done = {(row["name"], row["device"]) for row in rows if row["result"] == "ok"}
+    for step in steps(device):
+        if (args.rung and step.rung != args.rung) or (step.name, device) in done:
+            continue
+        left = args.minutes and args.minutes - (time.monotonic() - start) / 60
+        if left is not None and left < 1:
+            break
+        began, output, result = time.monotonic(), "", "ok"
+        if step.isaaclab and not importlib.util.find_spec("isaaclab"):
+            result = "isaaclab is not installed"
+        else:
+            limit = min(LIMIT, 60 * left) if left else LIMIT
+            command, env = [sys.executable, *shlex.split(step.command)], os.environ | {"WANDB_MODE": "disabled"}
+            pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            run = subprocess.Popen(command, cwd=ROOT, env=env, **pipe)
+            try:
+                output, _ = run.communicate(timeout=limit)
+                result = "ok" if run.returncode == 0 else f"failed: {(output.strip().splitlines() or ['no word'])[-1][:200]}"
+            except subprocess.TimeoutExpired:
+                run.kill()
+                output, result = run.communicate()[0], f"longer than {limit:.0f} s"
+            (args.out / f"{step.rung}_{step.name.replace(' ', '_').replace(',', '')}.log").write_text(output)
+        row = {"rung": step.rung, "name": step.name, "device": device, "result": result, "seconds": time.monotonic() - began}
+        rows.append(row | {"figures": figures(step, output), "command": step.command})
+        with file.open("a") as lines:
+            lines.write(json.dumps(rows[-1]) + "\n")
+        (args.out / "table.md").write_text(table(rows))
+        print(f"{step.rung} {step.name}: {result}, {rows[-1]['seconds']:.0f} s {rows[-1]['figures']}", flush=True)
+
+
+# ======== the checks of rung 1: in a process of their own, with the shipped checkpoint and generated observations =====
+def check(name: Check, device: str) -> None:
+    import tempfile
+
+    import torch
+    from tensordict import TensorDict
+
+    from common import Metrics, Noise, Ranks, pick_device
+
+    device, alone = pick_device(device), Ranks(0, 1)
+    scripts = [importlib.import_module(module) for module in ("grpo_gr00t", "ppo_gr00t_frozen", "ppo_gr00t_lora")]
+    g = torch.Generator().manual_seed(0)
+
+    def actor(script, **flags):
+        own = script.Args(device=device, **flags)
+        return own, script.Gr00tActor(own)
+
+    def observed(n: int) -> TensorDict:
+        seen = {
+            "images": torch.randint(256, (n, 1, 64, 64, 3), generator=g, dtype=torch.uint8),
+            "state": torch.randn(n, 5, generator=g),
+        }
+        seen |= {"critic": torch.randn(n, 6, generator=g), "prompt": torch.arange(n) % 2}
+        return TensorDict(seen, n).to(device)
+
+    def acted(own, policy, obs: TensorDict) -> TensorDict:
+        features = policy.feature_buffer(1, len(obs), own.feature_cache)
+        out = policy.act(obs, Noise(device, alone, 1), True, None if features is None else features[0])
+        batch = TensorDict(
+            {**obs, **out, "advantage": torch.ones_like(out["log_prob"]), "weight": torch.ones_like(out["log_prob"])}, len(obs)
+        )
+        return batch if features is None else batch.exclude("images").set("features", features[0].to(device))
+
+    def loss(script, policy, batch: TensorDict, own) -> torch.Tensor:
+        return getattr(script, "grpo_loss" if "grpo" in script.__name__ else "ppo_loss")(
+            policy, batch, own, Metrics(device, alone), True
+        )
+
+    found: dict[str, Any] = {}
+    if name == "ratio":  # largest |ratio - 1| where nothing has been learned, in batches cut otherwise than the rollout's
+        for script in scripts:
+            for precision in ("fp32", "bf16"):
+                for cache in ("gpu", "off"):
+                    own, policy = actor(script, precision=precision, feature_cache=cache)
+                    batch, worst = acted(own, policy, observed(138)), 0.0
+                    for rows in torch.arange(138, device=device).split([1, 37, 100]):
+                        part = batch[rows]
+                        part["features"] = policy.features(part)
+                        with torch.no_grad():
+                            worst = max(worst, float((policy.evaluate(part)[0] - part["log_prob"]).expm1().abs().max()))
+                    found[f"{script.__name__} {precision} {cache}"] = worst
+    elif name == "sync":  # whether rollout or update waits for the device
+        if device == "cpu":
+            found["obstacle"] = "needs a GPU"
+        else:
+            for script in scripts:
+                own, policy = actor(script)
+                obs = observed(256)
+                loss(script, policy, acted(own, policy, obs), own).backward()
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+                loss(script, policy, acted(own, policy, obs), own).backward()
+                torch.cuda.set_sync_debug_mode("default")
+                found[script.__name__] = "no wait"
+    else:  # an update, saved, loaded, one more: equal to two updates
+        for script in scripts:
+            own, policy = actor(script)
+            optimizer = torch.optim.SGD(policy.trainable(), 1e-2)
+            batch = acted(own, policy, observed(64))
+            for again in (False, True):
+                optimizer.zero_grad()
+                loss(script, policy, batch, own).backward()
+                optimizer.step()
+                if not again:
+                    with tempfile.TemporaryDirectory() as folder:
+                        _, other = actor(script)
+                        (policy.save_adapters if hasattr(policy, "save_adapters") else policy.save)(Path(folder))
+                        other.load(Path(folder))
+            optimizer = torch.optim.SGD(other.trainable(), 1e-2)
+            loss(script, other, batch, own).backward()
+            optimizer.step()
+            pairs = zip(policy.trainable(), other.trainable(), strict=True)
+            found[script.__name__] = max(float((a - b).abs().max()) for a, b in pairs)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    given = tyro.cli(Args, description=__doc__)
+    check(given.check, given.device) if given.check else climb(given)

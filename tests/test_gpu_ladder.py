@@ -1,0 +1,40 @@
+"""benchmarks/gpu.py: its steps are commands that exist, and what it makes of their ends."""
+
+import importlib
+import json
+import shlex
+
+import pytest
+import tyro
+
+from benchmarks import gpu
+from benchmarks.gpu import Args, Step, climb, steps
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_every_step_is_a_command(device):
+    """Flags are parsed as the programs parse them; names are unique, as results are looked up by them."""
+    found = steps(device)
+    assert {step.rung for step in found} == set(range(1, 7)) and len({step.name for step in found}) == len(found)
+    for step in found:
+        program, *flags = shlex.split(step.command)
+        if program != "-m":
+            tyro.cli(importlib.import_module(program.removesuffix(".py").replace("/", ".")).Args, args=flags)
+
+
+def test_climbing(monkeypatch, tmp_path, capsys):
+    """Results are kept as they come; what has succeeded is not repeated, what has failed is."""
+    monkeypatch.setattr(gpu, "LIMIT", 1)
+    fine = Step(1, "fine", """-c 'print("{\\"figure\\": 1.5}")'""")
+    chosen = [fine, Step(1, "bad", "-c 'raise SystemExit(\"no\")'"), Step(2, "slow", "-c 'import time; time.sleep(60)'")]
+    monkeypatch.setattr(gpu, "steps", lambda device: [*chosen, Step(2, "simulator", "-c 1", isaaclab=True)])
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    for _ in range(2):
+        climb(Args(device="cpu", out=tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["fine", "bad", "slow", "simulator", "bad", "slow", "simulator"]
+    results = [row["result"] for row in rows]
+    assert results[:4] == ["ok", "failed: no", "longer than 1 s", "isaaclab is not installed"]
+    assert rows[0]["figures"] == {"figure": 1.5} and "| 1 | fine | cpu | ok |" in (tmp_path / "table.md").read_text()
+    climb(Args(device="cpu", out=tmp_path, rung=1, minutes=0.5))  # nothing is begun that could not end
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 7 and "bad: failed" in capsys.readouterr().out
