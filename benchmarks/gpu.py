@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -94,14 +95,18 @@ def figures(step: Step, output: str) -> dict[str, Any]:
             found = json.loads(line)
         if "expert success" in line:
             found["expert"] = float(line.split()[-1])
-    if "--exp-name" in step.command:
-        run = ROOT / "runs" / step.command.split("--exp-name ")[1].split()[0]
-        if (run / "summary.json").is_file():
-            summary = json.loads((run / "summary.json").read_text())
-            found |= {key: summary[key] for key in ("seconds", "steps_per_second", "peak_memory_gb") if key in summary}
-            after = summary.get("ode_success_after") or {}
-            found |= {"success": after["mean"]} if after else {}
+    summary = run_folder(step) / "summary.json"
+    if summary.is_file():
+        content = json.loads(summary.read_text())
+        found |= {key: content[key] for key in ("seconds", "steps_per_second", "peak_memory_gb") if key in content}
+        after = content.get("ode_success_after") or {}
+        found |= {"success": after["mean"]} if after else {}
     return found
+
+
+def run_folder(step: Step) -> Path:
+    """Of a training run; of other steps one that there is not."""
+    return ROOT / "runs" / (step.command.split("--exp-name ")[1].split()[0] if "--exp-name" in step.command else "gpu_no_run")
 
 
 def table(rows: list[dict]) -> str:
@@ -134,6 +139,7 @@ def climb(args: Args) -> None:
             result = "isaaclab is not installed"
         else:
             limit = min(LIMIT, 60 * left) if left else LIMIT
+            shutil.rmtree(run_folder(step), ignore_errors=True)  # of a try that was cut off
             command, env = [sys.executable, *shlex.split(step.command)], os.environ | {"WANDB_MODE": "disabled"}
             pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             run = subprocess.Popen(command, cwd=ROOT, env=env, **pipe)
@@ -145,7 +151,7 @@ def climb(args: Args) -> None:
                 output, result = run.communicate()[0], f"longer than {limit:.0f} s"
             (args.out / f"{step.rung}_{step.name.replace(' ', '_').replace(',', '')}.log").write_text(output)
         row = {"rung": step.rung, "name": step.name, "device": device, "result": result, "seconds": time.monotonic() - began}
-        rows.append(row | {"figures": figures(step, output), "command": step.command})
+        rows.append(row | {"figures": figures(step, output) if result == "ok" else {}, "command": step.command})
         with file.open("a") as lines:
             lines.write(json.dumps(rows[-1]) + "\n")
         (args.out / "table.md").write_text(table(rows))

@@ -36,5 +36,12 @@ def test_climbing(monkeypatch, tmp_path, capsys):
     results = [row["result"] for row in rows]
     assert results[:4] == ["ok", "failed: no", "longer than 1 s", "isaaclab is not installed"]
     assert rows[0]["figures"] == {"figure": 1.5} and "| 1 | fine | cpu | ok |" in (tmp_path / "table.md").read_text()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)  # what a try that was cut off has left is taken away
+    (tmp_path / "runs" / "gpu_x").mkdir(parents=True)
+    make = """-c 'import pathlib; pathlib.Path("runs/gpu_x").mkdir(parents=True)' --exp-name gpu_x"""
+    monkeypatch.setattr(gpu, "steps", lambda device: [Step(3, "again", make)])
+    climb(Args(device="cpu", out=tmp_path / "other"))
+    assert json.loads((tmp_path / "other" / "results.jsonl").read_text())["result"] == "ok"
+    monkeypatch.setattr(gpu, "steps", lambda device: chosen)
     climb(Args(device="cpu", out=tmp_path, rung=1, minutes=0.5))  # nothing is begun that could not end
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 7 and "bad: failed" in capsys.readouterr().out
