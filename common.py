@@ -359,6 +359,9 @@ class Noise:
 # ---------------------------------------------------------------- several processes
 
 
+MESSAGE = 1 << 26  # numbers that a message of gradients holds at most: 256 MB in fp32
+
+
 class Ranks(NamedTuple):
     """This process among those of torchrun; 0 of 1 without it."""
 
@@ -408,12 +411,14 @@ class Ranks(NamedTuple):
             return
         import torch
 
-        parts: list[list[Tensor]] = [[]]
+        parts, size = [[]], 0
         for p in parameters:
-            if sum(x.numel() for x in parts[-1]) + p.numel() > 1 << 26:  # in fp32
-                parts.append([])
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if parts[-1] and size + p.numel() > MESSAGE:
+                parts.append([])
+                size = 0
             parts[-1].append(p.grad)
+            size += p.numel()
         for grads in filter(None, parts):
             flat = self.reduce(torch.cat([g.flatten() for g in grads]))
             for g, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):

@@ -3,7 +3,7 @@
     python sft_gr00t.py                                              # laptop: a tiny GR00T from scratch
     python sft_gr00t.py --checkpoint nvidia/GR00T-N1.5-3B            # a GPU of 80 GB: its head, in NVIDIA's recipe
     python sft_gr00t.py --evaluate --checkpoint runs/<name>/checkpoints/last
-    torchrun --nproc_per_node=8 sft_gr00t.py --checkpoint <folder> --fsdp
+    torchrun --nproc_per_node=8 sft_gr00t.py --checkpoint <folder> --fsdp --tune all --precision fp32
 
 How this differs from grpo_gr00t.py (what is not in `DIFFERS` is the same text):
 - Demonstrations in the place of rollouts (`collect`): the task's own expert acts on privileged state; half of the episodes
@@ -118,7 +118,9 @@ def check(args: Args) -> Args:
     if args.fsdp and args.tune != "all":
         raise SystemExit(f"--fsdp: spreads what is trained with --tune all; leave it out with --tune {args.tune}")
     if args.precision != "fp32" and args.tune == "all" and not args.evaluate:
-        raise SystemExit(f"--precision {args.precision}: the backbone is trained, in fp32; use it with --tune head")
+        raise SystemExit(
+            f"--precision {args.precision}: the backbone is trained, in fp32; give --precision fp32, or --tune head"
+        )
     if args.evaluate:
         check_checkpoint(args.checkpoint, args.embodiment_tag, None, args.task, TASKS)
     elif args.checkpoint:

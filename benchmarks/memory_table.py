@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gr00t_n1d5.network import Gr00tConfig, Gr00tN1d5
 from gr00t_n1d5.policy import plan_memory
+from sft_gr00t import FULL
 
 CARDS = {24: 22, 40: 37, 80: 75, 141: 132}  # GB of a card: the budget, the rest is for the simulator
 ADAPTERS = 17_700_000  # parameters that ppo_gr00t_lora.py trains by default, critic included (throughput.py --what predict)
@@ -37,7 +38,18 @@ def make_policy(lora: bool, views: int) -> nn.Module:
             policy.base = Gr00tN1d5(config).action_head.requires_grad_(False)
     policy.net.backbone.bfloat16().requires_grad_(False)
     policy.device, policy.views, policy.bf16, policy.trains_backbone = torch.device("cuda"), views, True, False
+    policy.base_mean = None  # there is a base model
     return policy
+
+
+def imitation(views: int, tune: str) -> str:
+    """The plan of sft_gr00t.py at full size."""
+    policy = make_policy(True, views)
+    del policy.base_mean, policy.adapters
+    policy.trains_backbone, policy.bf16 = tune == "all", tune != "all"
+    (policy.net.float() if tune == "all" else policy.net.action_head).requires_grad_(True)
+    average = {"moving average": 4 * sum(p.numel() for p in policy.parameters() if p.requires_grad)}
+    return plan_memory(policy, FULL.batch_size, 1, "off", FULL.micro_batch_size, FULL.max_memory_gb, False, False, average)[2]
 
 
 def main() -> None:
@@ -55,6 +67,9 @@ def main() -> None:
                     except SystemExit as error:
                         cells.append(str(error))
                 print(f"| {name} | {views} | {chunks} | {envs} | " + " | ".join(cells) + " |", flush=True)
+    for tune in ("head", "all"):
+        for views in (1, 2, 3):
+            print(f"sft_gr00t.py --tune {tune}, {views} views: {imitation(views, tune)}", flush=True)
 
 
 if __name__ == "__main__":

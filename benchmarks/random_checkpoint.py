@@ -44,7 +44,9 @@ def write_random(name: str, folder: Path, size: Literal["tiny", "full"] = "tiny"
     config = (
         Gr00tConfig.tiny(**dims, vocab_size=64, max_position_embeddings=1024, max_text_tokens=64) if tiny else Gr00tConfig()
     )
-    tokenizer = tiny_tokenizer(" ".join(task.instructions).split(), config) if tiny else load_tokenizer(small_tokenizer())
+    with tempfile.TemporaryDirectory() as own:
+        words = " ".join(task.instructions).split()
+        tokenizer = tiny_tokenizer(words, config) if tiny else load_tokenizer(small_tokenizer(Path(own)))
     ends = torch.tensor([-1.0, 1.0])[:, None]
     data = [{key: ends.expand(2, n) for key, n in columns.items()} for columns in (task.state, task.action)]
     views = {key: {"resolution": [config.image_size] * 2, "channels": 3, "fps": 10} for key in task.cameras}
@@ -54,13 +56,13 @@ def write_random(name: str, folder: Path, size: Literal["tiny", "full"] = "tiny"
     processor.save_pretrained(folder)
 
 
-def small_tokenizer() -> str:
-    """A folder with a part of the tokenizer (tests/golden), its gaps filled, which nothing has to be fetched for."""
-    source, folder = Path(__file__).resolve().parents[1] / "tests" / "golden" / "tokenizer", tempfile.mkdtemp()
+def small_tokenizer(folder: Path) -> Path:
+    """Writes a part of the tokenizer (tests/golden), its gaps filled, which nothing has to be fetched for."""
+    source = Path(__file__).resolve().parents[1] / "tests" / "golden" / "tokenizer"
     shutil.copytree(source, folder, dirs_exist_ok=True)
     known = json.loads((source / "vocab.json").read_text())
     unused = set(range(max(known.values()))) - set(known.values())
-    (Path(folder) / "vocab.json").write_text(json.dumps(known | {f"<unused {i}>": i for i in unused}))
+    (folder / "vocab.json").write_text(json.dumps(known | {f"<unused {i}>": i for i in unused}))
     return folder
 
 

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gr00t_n1d5.config import Gr00tConfig
 from gr00t_n1d5.files import INDEX, read_index, read_json, resolve_folder
@@ -226,6 +226,17 @@ def find_data_config(name: str) -> DataConfig:
 # ------------------------------------------------------------------------------------------------------------------
 # one entry of a metadata.json, read by a data config
 # ------------------------------------------------------------------------------------------------------------------
+class Part(NamedTuple):
+    """One key's columns on their way to the network."""
+
+    key: str
+    before: int  # columns
+    after: int  # dimensions that the network sees
+    change: str  # sin_cos, rotation_6d, axis_angle, or ""
+    rotation: str | None  # kind that the data have
+    norm: str  # of NORMS
+
+
 @dataclass(frozen=True)
 class Embodiment:
     """What a checkpoint knows of one robot: an entry of its metadata.json, and the data config that it was trained with.
@@ -239,8 +250,11 @@ class Embodiment:
     sizes: dict[str, dict[str, int]] = field(init=False)  # columns of each used key, before it is encoded
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", {kind: self._sizes(kind) for kind in KINDS})
-        video = self.entry.get("modalities", {}).get("video") or {}
+        try:
+            object.__setattr__(self, "sizes", {kind: self._sizes(kind) for kind in KINDS})
+            video = dict(self.entry.get("modalities", {}).get("video") or {})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.tag}: incomplete metadata ({error!r})") from error
         if video and (absent := [key for key in self.data.video if key not in video]):
             raise ValueError(f"{self.tag}: no video.{absent[0]} in metadata.json, which has {', '.join(video)}")
 
@@ -269,24 +283,25 @@ class Embodiment:
 
     def statistics(self, kind: str) -> dict[str, dict]:
         """Of all keys of "state" or "action"."""
-        try:
-            return dict(self.entry["statistics"][kind])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.tag}: incomplete metadata ({error!r})") from error
+        return dict(self.entry["statistics"][kind])
 
     def rotation_type(self, kind: str, key: str) -> str | None:
         """How the data hold a rotation: quaternion (w first), axis_angle, euler_angles_rpy, ...; None: it is none."""
         return self.entry.get("modalities", {}).get(kind, {}).get(key, {}).get("rotation_type")
 
-    def encoded(self, kind: str) -> int:
-        """Dimensions that the network sees of "state" or "action"."""
-        encodings, total = getattr(self.data, kind), 0
-        for key, size in self.sizes[kind].items():
-            converted = self.rotation_type(kind, key) not in (None, encodings[key].split("+")[0])
-            total += 2 * size if encodings[key] == "sin_cos" else size
-            if converted and encodings[key].startswith(ROTATIONS):
-                total += {"rotation_6d": 6, "axis_angle": 3}[encodings[key].split("+")[0]] - size
-        return total
+    def parts(self, kind: str) -> list[Part]:
+        """How each used key of "state" or "action" is encoded, in the network's order."""
+        found = []
+        for key, encoding in getattr(self.data, kind).items():
+            before, rotation = self.sizes[kind][key], self.rotation_type(kind, key)
+            change, _, norm = encoding.rpartition("+")
+            if encoding in ("sin_cos", *ROTATIONS):
+                change, norm = encoding, "none"
+            if change == rotation:  # nothing to convert: normalised by the data's own statistics
+                change = ""
+            after = {"": before, "sin_cos": 2 * before, "rotation_6d": 6, "axis_angle": 3}[change]
+            found.append(Part(key, before, after, change, rotation, norm))
+        return found
 
     def id(self, config: Gr00tConfig) -> int:
         """The row of the category-specific layers; 0 in a network with one row."""
@@ -303,7 +318,7 @@ class Embodiment:
     def adapt(self, config: Gr00tConfig) -> Gr00tConfig:
         """The network's config with the data config's crop and horizon. Raises ValueError where its sizes do not do."""
         for kind, limit in (("state", config.state_dim), ("action", config.action_dim)):
-            if (found := self.encoded(kind)) > limit:
+            if (found := sum(part.after for part in self.parts(kind))) > limit:
                 raise ValueError(f"{self.tag}: {found} {kind} dimensions, the network has {limit}")
         self.id(config)
         crop = config.image_crop if self.data.crop is None else self.data.crop
@@ -379,7 +394,7 @@ def read_embodiment(folder: Path, tag: str | None = None, data_config: str | Non
         except ValueError:
             continue
         fitting.append(name)
-        if all(set(entry["modalities"].get(kind, {})) == set(getattr(config, kind)) for kind in ("video", *KINDS)):
+        if all(set(entry.get("modalities", {}).get(kind, {})) == set(getattr(config, kind)) for kind in ("video", *KINDS)):
             exact.append(name)
     if row and row.data_config in fitting:
         return Embodiment(metadata, tag, DATA_CONFIGS[row.data_config])
@@ -387,8 +402,8 @@ def read_embodiment(folder: Path, tag: str | None = None, data_config: str | Non
         return Embodiment(metadata, tag, DATA_CONFIGS[exact[0]])
     fitting = ", ".join(exact or fitting) or "none of the built-in ones, so a JSON file (docs/checkpoints.md)"
     raise SystemExit(
-        f"--data-config: needed for {folder.name} ({tag}): its metadata.json does not say which keys the network gets, in "
-        f"which order and form; {fitting} would fit"
+        f"--data-config: needed for tag {tag}, whose entry in metadata.json does not say which keys the network gets, in which "
+        f"order and form; {fitting} would fit"
     )
 
 

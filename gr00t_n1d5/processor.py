@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Qwen2TokenizerFast
 
 from gr00t_n1d5.config import Gr00tConfig
-from gr00t_n1d5.embodiment import KINDS, ROTATIONS, STATISTICS, DataConfig, Embodiment, read_embodiment
+from gr00t_n1d5.embodiment import KINDS, STATISTICS, DataConfig, Embodiment, read_embodiment
 from gr00t_n1d5.files import resolve_folder
 
 EAGLE_PROCESSOR = "lerobot/eagle2hg-processor-groot-n1p5"  # the tokenizer files, which no N1.5 checkpoint carries
@@ -41,18 +41,10 @@ class Encoder:
 
     def __init__(self, embodiment: Embodiment, kind: str):
         columns: dict[str, list[Tensor]] = {}
-        self.parts: list[tuple[int, int, str, str | None]] = []  # columns before and after, what is done, with what
-        for key, encoding in getattr(embodiment.data, kind).items():
-            size, rotation = embodiment.sizes[kind][key], embodiment.rotation_type(kind, key)
-            change, _, norm = encoding.rpartition("+")
-            if encoding in ("sin_cos", *ROTATIONS):
-                change, norm = encoding, "none"
-            if change in ("", rotation):  # nothing to convert: normalised by the data's own statistics
-                self.parts.append((size, size, "", None))
-                stat = embodiment.statistics(kind)[key]
-            else:
-                after = {"sin_cos": 2 * size, "rotation_6d": 6, "axis_angle": 3}[change]
-                self.parts.append((size, after, change, rotation))
+        self.parts = embodiment.parts(kind)
+        for key, _, after, change, _, norm in self.parts:
+            stat = embodiment.statistics(kind)[key]
+            if change:
                 bound = [math.pi if change == "axis_angle" else 1.0] * after
                 stat = dict.fromkeys(STATISTICS, bound) | {"min": [-x for x in bound]}
             stat = {name: torch.tensor(stat[name], dtype=torch.float32).flatten() for name in STATISTICS}
@@ -69,8 +61,8 @@ class Encoder:
             }.items():
                 columns.setdefault(name, []).append(torch.zeros_like(low) + value)
         self.columns = {name: torch.cat(values) for name, values in columns.items()}  # (e,) each
-        self.before = sum(before for before, *_ in self.parts)
-        self.plain = not any(change for _, _, change, _ in self.parts)
+        self.before = sum(part.before for part in self.parts)
+        self.plain = not any(part.change for part in self.parts)
 
     def __len__(self) -> int:
         """e, the network's dimensions."""
@@ -85,8 +77,8 @@ class Encoder:
             raise ValueError(f"{x.shape[-1]} dimensions, the statistics have {self.before}")
         c, x = self.columns, x.float()
         if not self.plain:
-            pieces = zip(x.split([before for before, *_ in self.parts], -1), self.parts)
-            x = torch.cat([convert(piece, change, rotation) for piece, (_, _, change, rotation) in pieces], -1)
+            pieces = zip(x.split([part.before for part in self.parts], -1), self.parts)
+            x = torch.cat([convert(piece, part.change, part.rotation) for piece, part in pieces], -1)
         degenerate = c["range"] == 0
         y = c["gain"] * (x - c["shift"]) / torch.where(degenerate, 1.0, c["range"]) + c["bias"]
         y = torch.where(degenerate, c["keep"] * x, y)
@@ -101,10 +93,8 @@ class Encoder:
         x = torch.where(c["binary"] > 0, (y > 0.5).float(), x)
         if self.plain:
             return x
-        pieces = zip(x.split([after for _, after, *_ in self.parts], -1), self.parts)
-        return torch.cat(
-            [convert(piece, rotation, change) if change else piece for piece, (_, _, change, rotation) in pieces], -1
-        )
+        pieces = zip(x.split([part.after for part in self.parts], -1), self.parts)
+        return torch.cat([convert(x, part.change and part.rotation, part.change) for x, part in pieces], -1)
 
 
 def convert(x: Tensor, to: str, rotation: str | None) -> Tensor:

@@ -766,3 +766,23 @@ def test_wandb_that_does_not_start(monkeypatch, capsys):
         run.log(0, METRICS, STAGES, 1000)
     assert modes == ["online", "offline"] and len(rows(run)) == 1
     assert "W&B did not start: RuntimeError: no network" in capsys.readouterr().out
+
+
+@parent_only
+@pytest.mark.parametrize("message", [5, 1 << 26])
+def test_gradients_are_summed_in_messages(message, monkeypatch):
+    """Of as many numbers as fit; a parameter without a gradient, or larger than a message, is among them."""
+    monkeypatch.setattr(common, "MESSAGE", message)
+    sent = []
+
+    class Two(common.Ranks):  # whose other rank has the same gradients
+        def reduce(self, x, maximum=False):
+            sent.append(len(x))
+            return x.mul_(2)
+
+    parameters = [torch.nn.Parameter(torch.zeros(*shape)) for shape in ((2, 2), (1,), (7,), (3,))]
+    for i, p in enumerate(parameters):
+        p.grad = None if i == 1 else torch.full_like(p, i + 1.0)
+    Two(0, 2).sum_gradients(iter(parameters))
+    assert [p.grad.unique().tolist() for p in parameters] == [[2.0], [0.0], [6.0], [8.0]]
+    assert sent == ([5, 7, 3] if message == 5 else [15])

@@ -10,7 +10,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from gr00t_n1d5 import DATA_CONFIGS, DataConfig, Embodiment, Gr00tConfig, Gr00tProcessor, find_data_config, load_tokenizer
+from gr00t_n1d5 import (
+    DATA_CONFIGS,
+    DataConfig,
+    Embodiment,
+    Gr00tConfig,
+    Gr00tProcessor,
+    find_data_config,
+    load_tokenizer,
+    read_embodiment,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 with safe_open(GOLDEN / "nvidia_transforms.safetensors", framework="pt") as file:
@@ -147,3 +156,16 @@ def test_embodiments_of_ones_own(tokenizer):
         Embodiment(metadata, "my_robot", turned)
     with pytest.raises(ValueError, match="my_robot: 6 action dimensions, the network has 4"):
         Embodiment(metadata, "my_robot", data).adapt(Gr00tConfig(action_dim=4))
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"gr1": {}}, {"gr1": {"statistics": []}}, {"gr1": {"statistics": {"state": 1, "action": {}}}}]
+)
+def test_metadata_that_is_none(metadata, tmp_path):
+    """One line, whatever the file holds."""
+    (tmp_path / "experiment_cfg").mkdir()
+    (tmp_path / "experiment_cfg" / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="gr1: incomplete metadata"):
+        read_embodiment(tmp_path, None, "so100")
+    with pytest.raises(SystemExit, match="--data-config: needed for tag gr1, .* a JSON file"):
+        read_embodiment(tmp_path)

@@ -24,6 +24,7 @@ def policy():
         policy.base_head = Gr00tN1d5(Gr00tConfig(num_embodiments=1)).action_head.requires_grad_(False)
         policy.prompts = torch.zeros(2, LENGTH)
     policy.net.backbone.bfloat16().requires_grad_(False)
+    policy.base_mean = None  # there is a base model
     policy.views, policy.bf16, policy.device, policy.trains_backbone = 1, True, GPU, False
     return policy
 
