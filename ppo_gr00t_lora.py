@@ -94,8 +94,8 @@ class Args:
     kl_coef: float = 0.0  # weight of the KL to the base model (which is logged at 0, too)
 
     # memory and speed
-    precision: Literal["fp32", "bf16", "fp8"] = "fp32"  # bf16: frozen backbone, and TF32 in the head; fp8: its products
-    micro_batch_size: int = 128  # samples per forward pass; gradients are accumulated over a minibatch
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"  # bf16: backbone and encoder, TF32 in the steps; fp8: the backbone
+    micro_batch_size: int = 1024  # samples per forward pass, at most; gradients are accumulated over a minibatch
     feature_cache: Literal["gpu", "cpu", "off"] = "gpu"  # where backbone features wait for the update; off: recomputed
     max_memory_gb: float | None = None  # budget [GB]: micro-batches and the place of features are planned to fit it
     activation_checkpointing: bool = False  # recompute the blocks' activations in the backward pass: slower, smaller
@@ -104,7 +104,8 @@ class Args:
 
 # a full-size checkpoint's settings: conservative, from the literature
 FULL = Args(
-    num_envs=64, iterations=500, noise_level=0.5, learning_rate=5e-5, clip=0.1, minibatches=4, kl_coef=0.01, precision="bf16"
+    num_envs=64, iterations=500, noise_level=0.5, learning_rate=5e-5, clip=0.1, minibatches=4, kl_coef=0.01, precision="bf16",
+    micro_batch_size=128,
 )  # fmt: skip
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3, "bf16": 0.1, "fp8": 0.1}  # on |ratio - 1| before the first update: see `check_ratio`
 
@@ -595,7 +596,7 @@ def plan_minibatches(keep: Tensor, args: Args, iteration: int, ranks: Ranks, mov
     """Draws the update's minibatches from the samples to keep (T, N). The one transfer between rollout and update.
 
     Returns:
-        One (rows of this rank, size over all ranks, whether the policy learns) per optimizer step; never with `moving` off.
+        One (rows of this rank, on the host, size over all ranks, whether the policy learns: not with `moving` off) per step.
     """
     rows = keep.flatten().cpu().nonzero()[:, 0].numpy()
     rng, moves = np.random.default_rng((args.seed, iteration, ranks.rank)), args.epochs if moving else 0
@@ -603,7 +604,7 @@ def plan_minibatches(keep: Tensor, args: Args, iteration: int, ranks: Ranks, mov
     parts = [(p, e < moves) for e in epochs for p in np.array_split(rng.permutation(rows), args.minibatches)]
     sizes = ranks.reduce(torch.tensor([float(len(p)) for p, _ in parts], device=args.device))
     total = sizes.cpu() if ranks.world > 1 else torch.tensor([len(p) for p, _ in parts])
-    return [(torch.from_numpy(p).to(args.device), n, moves) for (p, moves), n, m in zip(parts, sizes, total) if m > 0]
+    return [(torch.from_numpy(p), n, moves) for (p, moves), n, m in zip(parts, sizes, total) if m > 0]
 
 
 def update(policy: Gr00tActor, optimizer, samples: TensorDict, plan: list, args: Args, ranks: Ranks, log: Metrics) -> None:

@@ -510,10 +510,13 @@ def make_batch(env: CameraEnv, policy: ActorCritic, store: Storage, args: Args, 
     done = terminated | truncated
     starts = torch.arange(STACK, T + STACK - 1, device=done.device)[:, None] * done[:-1]  # (T - 1, N) rows of `frames`
     store.first = torch.cat([torch.zeros(1, N, dtype=torch.long, device=done.device), starts]).cummax(0).values
-    timed_out = t, n = (truncated & ~terminated).nonzero(as_tuple=True)  # waits for the device
-    last = torch.cat([store.stacked(t * N + n)[:, 1:], samples["final"][timed_out][:, None]], 1)  # (E, 4, 84, 84)
     final_values = torch.zeros_like(reward)
-    final_values[timed_out] = policy(last)[1]
+    late = (truncated & ~terminated).flatten().nonzero()[:, 0]  # (E,) waits for the device
+    # N at a time, as in the rollout: for every size of a batch, cuDNN tries out its convolutions again
+    for rows in torch.cat([late, late[:1].expand(-len(late) % N)]).split(N):
+        t, n = rows // N, rows % N
+        last = torch.cat([store.stacked(rows)[:, 1:], samples["final"][t, n][:, None]], 1)  # (N, 4, 84, 84)
+        final_values[t, n] = policy(last)[1]
     learned, flags = reward.sign() if args.sign_rewards else reward, (terminated, truncated)
     advantage, target = gae(learned, value, *flags, final_values, policy(env.stack)[1], args.gamma, args.gae_lambda)
     returns, lengths = env.episodes(reward, done)

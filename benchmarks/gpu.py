@@ -7,11 +7,13 @@
 Rungs: 1 paths and exactness; 2 full-size rollout; 3 full-size update and memory; 4 the simulator; 5 the main job, tiny
 network; 6 the main job at full size, random weights. Every step is a process of its own with a time limit; its line goes to
 --out/results.jsonl as soon as it has ended, and the table beside it is written anew. A step that has succeeded on this
-device is not repeated. Steps that need Isaac Lab say so where it is not installed.
+device is not repeated. Steps that need Isaac Lab say so where it is not installed; benchmarks/parcels.py brings it to a
+machine without a network.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -29,7 +31,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-Check = Literal["ratio", "sync", "again"]
+Check = Literal["ratio", "sync", "again", "compiled", "ppo_isaac", "simulator"]
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Args:
     minutes: float | None = None  # begin no step that may end later
     device: str = "auto"  # cpu: with the tiny network and small numbers
     out: Path = ROOT / "runs" / "gpu"  # results.jsonl, table.md
-    check: Check | None = None  # what a step of rung 1 does in its own process
+    check: Check | None = None  # what a step of rungs 1 and 4 does in its own process
 
 
 class Step(NamedTuple):
@@ -68,16 +70,28 @@ def steps(device: str) -> list[Step]:
         )
         for n in ((1024, 4096) if gpu else (32,))
     ]
+    sizes, few, shape = ((64, 512, 4096), 20, "256 1 64 1024 4096") if gpu else ((8, 32), 4, "8 1 32")
+    rates = [(n, "64") for n in sizes[:-1]] + [(many, "64 128 224" if gpu else "64 128")]
+    peers = f"benchmarks/ppo_vs_peers.py --task Isaac-Humanoid-Direct --libs ppo_isaac rsl_rl --num-envs {many}"
+    others = ("ppo_gr00t_frozen", "ppo_gr00t_lora")
+    checks = ("ratio", "sync", "again", "compiled", "ppo_isaac")
     return [
         Step(1, "tests", "-m pytest -q -n 0 tests/test_gpu_paths.py tests/test_common.py -k 'gpu or triton or float8'"),
-        *(Step(1, name, f"benchmarks/gpu.py --check {name} --device {device}") for name in ("ratio", "sync", "again")),
-        *(Step(2, f"rollout, {n} views", f"{bench} rollout --views {n} --row-seconds 5") for n in (1, 2)),
+        *(Step(1, name, f"benchmarks/gpu.py --check {name} --device {device}") for name in checks),
+        Step(2, "the scripts' rollout and update", f"{bench} update --views 1 --scripts grpo_gr00t --row-seconds 5"),
+        Step(2, "rollout, lever by lever", f"{bench} rollout --views 1 --row-seconds 5 --batch-sizes {shape}"),
         Step(3, "memory", f"{bench} memory --views 1"),
-        Step(3, "update", f"{bench} update --views 1 --precisions {'tf32' if gpu else 'fp32'}"),
-        Step(4, "simulator", f"{bench} newton", True),
+        Step(3, "update of the others", f"{bench} update --views 1 --precisions plain --scripts {' '.join(others)}"),
+        Step(2, "rollout, 2 views", f"{bench} rollout --views 2 --row-seconds 5 --batch-sizes {shape.split()[0]}"),
+        Step(4, "exactness of the simulator", f"benchmarks/gpu.py --check simulator --device {device}", True),
         Step(4, "expert", f"{demos} --steps 1 --eval-episodes 0 --exp-name gpu_expert", True),
+        *(
+            Step(4, f"simulator, {n} environments", f"{bench} newton --newton-envs {n} --newton-sizes {pixels}", True)
+            for n, pixels in rates
+        ),
         *tiny,
         Step(5, "README's command", demo, True),
+        Step(5, "PPO beside rsl_rl", f"{peers} --iterations {few} --seeds 1 --device {device} --out-dir runs/gpu/peers", True),
         Step(6, "random weights", f"benchmarks/random_checkpoint.py --task Tabletop-Lift-Cube-v0 --out {random} --size {size}"),
         Step(6, "GRPO, random weights, within 40 GB", f"{full}_40 --max-memory-gb 40", True),
         Step(6, "GRPO, random weights", full, True),
@@ -85,6 +99,7 @@ def steps(device: str) -> list[Step]:
 
 
 LIMIT = 480  # seconds of a step
+LINES = 2000  # that a step with a simulator may print: a warning of every world's every step is more
 
 
 def figures(step: Step, output: str) -> dict[str, Any]:
@@ -141,6 +156,10 @@ def climb(args: Args) -> None:
             limit = min(LIMIT, 60 * left) if left else LIMIT
             shutil.rmtree(run_folder(step), ignore_errors=True)  # of a try that was cut off
             command, env = [sys.executable, *shlex.split(step.command)], os.environ | {"WANDB_MODE": "disabled"}
+            if "Isaac-" in step.command and "ISAACSIM_ASSET_ROOT" not in env:
+                from tests.assets import mirror
+
+                env["ISAACSIM_ASSET_ROOT"] = str(mirror())  # stand-ins
             pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             run = subprocess.Popen(command, cwd=ROOT, env=env, **pipe)
             try:
@@ -150,6 +169,8 @@ def climb(args: Args) -> None:
                 run.kill()
                 output, result = run.communicate()[0], f"longer than {limit:.0f} s"
             (args.out / f"{step.rung}_{step.name.replace(' ', '_').replace(',', '')}.log").write_text(output)
+        if step.isaaclab and result == "ok":
+            result = "ok" if output.count("\n") < LINES else f"failed: {output.count(chr(10))} lines printed"
         row = {"rung": step.rung, "name": step.name, "device": device, "result": result, "seconds": time.monotonic() - began}
         rows.append(row | {"figures": figures(step, output) if result == "ok" else {}, "command": step.command})
         with file.open("a") as lines:
@@ -163,9 +184,11 @@ def check(name: Check, device: str) -> None:
     import tempfile
 
     import torch
+    import torch._dynamo
     from tensordict import TensorDict
 
     from common import Metrics, Noise, Ranks, pick_device
+    from gr00t_n1d5.policy import take
 
     device, alone = pick_device(device), Ranks(0, 1)
     scripts = [importlib.import_module(module) for module in ("grpo_gr00t", "ppo_gr00t_frozen", "ppo_gr00t_lora")]
@@ -189,22 +212,35 @@ def check(name: Check, device: str) -> None:
         batch = TensorDict(
             {**obs, **out, "advantage": torch.ones_like(out["log_prob"]), "weight": torch.ones_like(out["log_prob"])}, len(obs)
         )
-        return batch if features is None else batch.exclude("images").set("features", features[0].to(device))
+        return batch if features is None else batch.exclude("images").set("features", features[0])
 
-    def loss(script, policy, batch: TensorDict, own) -> torch.Tensor:
-        return getattr(script, "grpo_loss" if "grpo" in script.__name__ else "ppo_loss")(
-            policy, batch, own, Metrics(device, alone), True
-        )
+    def loss(script, policy, batch: TensorDict, own, log: Metrics | None = None) -> torch.Tensor:
+        function = script.grpo_loss if hasattr(script, "grpo_loss") else script.ppo_loss
+        return function(policy, batch, own, log or Metrics(device, alone), True)
 
     found: dict[str, Any] = {}
-    if name == "ratio":  # largest |ratio - 1| where nothing has been learned, in batches cut otherwise than the rollout's
+    if name == "simulator":
+        return simulate(device)
+    if name == "ppo_isaac":
+        found = ppo_update(device)
+    elif name == "compiled":  # frames that dynamo has left to eager, and the ratio between compiled rollout and update
+        for script in scripts if device != "cpu" else scripts[:1]:  # whose compiler takes minutes
+            torch._dynamo.utils.counters.clear()
+            own, policy = actor(script, compile=True, micro_batch_size=100)
+            batch, log = acted(own, policy, observed(138)), Metrics(device, alone)
+            for rows in torch.arange(138).split([1, 37, 100]):
+                loss(script, policy, take(batch, rows, device), own, log).backward()
+            frames = torch._dynamo.utils.counters["frames"]
+            found[f"{script.__name__} frames left to eager"] = frames["total"] - frames["ok"]
+            found[f"{script.__name__} ratio"] = log.read()["update/first_ratio_error"]
+    elif name == "ratio":  # largest |ratio - 1| where nothing has been learned, in batches cut otherwise than the rollout's
         for script in scripts:
             for precision in ("fp32", "bf16"):
                 for cache in ("gpu", "off"):
                     own, policy = actor(script, precision=precision, feature_cache=cache)
                     batch, worst = acted(own, policy, observed(138)), 0.0
-                    for rows in torch.arange(138, device=device).split([1, 37, 100]):
-                        part = batch[rows]
+                    for rows in torch.arange(138).split([1, 37, 100]):
+                        part = take(batch, rows, device)
                         part["features"] = policy.features(part)
                         with torch.no_grad():
                             worst = max(worst, float((policy.evaluate(part)[0] - part["log_prob"]).expm1().abs().max()))
@@ -214,14 +250,15 @@ def check(name: Check, device: str) -> None:
             found["obstacle"] = "needs a GPU"
         else:
             for script in scripts:
-                own, policy = actor(script)
-                obs = observed(256)
-                loss(script, policy, acted(own, policy, obs), own).backward()
-                torch.cuda.synchronize()
-                torch.cuda.set_sync_debug_mode("error")
-                loss(script, policy, acted(own, policy, obs), own).backward()
-                torch.cuda.set_sync_debug_mode("default")
-                found[script.__name__] = "no wait"
+                for cache in ("gpu", "cpu"):
+                    own, policy = actor(script, feature_cache=cache)
+                    obs, rows = observed(256), torch.arange(256)
+                    for mode in ("default", "error"):
+                        torch.cuda.synchronize()
+                        torch.cuda.set_sync_debug_mode(mode)
+                        loss(script, policy, take(acted(own, policy, obs), rows, device), own).backward()
+                    torch.cuda.set_sync_debug_mode("default")
+                    found[f"{script.__name__} {cache}"] = "no wait"
     else:  # an update, saved, loaded, one more: equal to two updates
         for script in scripts:
             own, policy = actor(script)
@@ -242,6 +279,89 @@ def check(name: Check, device: str) -> None:
             pairs = zip(policy.trainable(), other.trainable(), strict=True)
             found[script.__name__] = max(float((a - b).abs().max()) for a, b in pairs)
     print(json.dumps(found))
+
+
+def ppo_update(device: str) -> dict[str, Any]:
+    """An update of ppo_isaac.py from one generated rollout, here and on a CPU; on a GPU, nothing may wait for it."""
+    from types import SimpleNamespace
+
+    import torch
+
+    import ppo_isaac as script
+    from common import Metrics, Ranks
+
+    spaces, T, N, alone, ends = script.Spaces((24,), (), 6, ()), 16, 256, Ranks(0, 1), []
+    for place in ("cpu", device):
+        own = script.Args(task="generated", device=place, num_envs=N, num_steps=T)
+        g, log = torch.Generator().manual_seed(0), Metrics(place, alone)
+        torch.manual_seed(0)
+        policy = script.ActorCritic(spaces, own).to(place)
+        flat = script.flat_parameter(policy)
+        optimizer = torch.optim.Adam([flat], torch.tensor(own.learning_rate, device=place), eps=1e-5, fused=True)
+        env = SimpleNamespace(num_envs=N, spaces=spaces, base=SimpleNamespace(extras={}))
+        env.episodes = lambda reward, done: (reward, reward)
+        store = script.Storage(own, env)
+        drawn = {key: torch.randn(x.shape, generator=g) for key, x in store.samples.items()}
+        store.samples.update_({key: x > 1.5 if store.samples[key].dtype == torch.bool else x for key, x in drawn.items()})
+        store.log_std, store.before = policy.log_std.detach().clone(), []
+        with torch.no_grad():
+            store.samples["params"].copy_(policy(policy.obs_norm(store.samples["obs"]))[0])
+        batch = script.make_batch(env, policy, store, own, alone, log)
+        plan = script.plan_minibatches(store.units, 0, dataclasses.replace(own, device="cpu"), alone)
+        plan = [(rows.to(place), n) for rows, n in plan]
+        if place != "cpu":
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        script.update(policy, optimizer, batch, store, plan, own, alone, log)
+        if place != "cpu":
+            torch.cuda.set_sync_debug_mode("default")
+        ends.append(flat.detach().cpu())
+        figures = log.read()
+    return {"difference": float((ends[0] - ends[1]).abs().max()), "first ratio": figures["update/first_ratio_error"]}
+
+
+def simulate(device: str) -> None:
+    """Prints whether members of a group stay alike and a seed gives the same episode twice, in the state of all bodies.
+
+    Largest differences over an episode of random actions; 0 is what the scripts hope for. On a GPU, also what the process
+    takes of it beside torch.
+    """
+    import tempfile
+
+    import torch
+
+    import grpo_gr00t
+    from common import Ranks
+
+    N, group = (1024, 16) if device != "cpu" else (32, 16)
+
+    def leaves(tree: Any) -> list[torch.Tensor]:
+        return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [tree.flatten(1)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        with grpo_gr00t.make_env(grpo_gr00t.Args(num_envs=N, device=device), 64, Path(folder), Ranks(0, 1)) as env:
+            T, d, episodes, images = env.task.horizon, sum(env.task.action.values()), [], []
+            g = torch.Generator().manual_seed(0)
+            actions = (torch.rand(N // group, T, d, generator=g) * 2 - 1).repeat_interleave(group, 0).to(device)
+            for _ in range(2):
+                env.reset(1, group)
+                states = []
+                for t in range(T):
+                    env.step_chunk(actions[:, t : t + 1], last=True)
+                    states.append(torch.cat(leaves(env.env.scene.get_state(is_relative=True)), 1))
+                episodes.append(torch.stack(states))  # (T, N, D)
+                images.append(env.observe()["images"])
+            leaders = episodes[0][:, ::group].repeat_interleave(group, 1)
+            found = {
+                "members differ by": float((episodes[0] - leaders).abs().max()),
+                "pixels of members": int((images[0] != images[0][::group].repeat_interleave(group, 0)).sum()),
+                "repeated episode": float((episodes[0] - episodes[1]).abs().max()),
+                "its pixels": int((images[0] != images[1]).sum()),
+            }
+            if device != "cpu":
+                free, total = torch.cuda.mem_get_info()
+                found["GB beside torch"] = (total - free - torch.cuda.memory_reserved()) / 1e9
+            print(json.dumps(found), flush=True)  # before the simulator shuts down
 
 
 if __name__ == "__main__":

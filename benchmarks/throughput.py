@@ -10,20 +10,22 @@ Writes results.json and table.md to runs/throughput/<time>/ after every row; row
 How it is measured
 - rollout: one policy call (uint8 images and raw states on the device -> actions by the ODE) at a fixed batch. It begins
   with the straightforward path (`baseline_path.py`) and adds one lever after the other; a lever that failed or is not to
-  be had here is left out of the rows below it. Time is the device's, between events, without a wait between calls;
-  median of the repeats, with the smallest and the largest.
+  be had here is left out of the rows below it. All have a row at the first batch size with the first number of views;
+  elsewhere the straightforward path and the last two do. Time is the device's, between events, without a wait between
+  calls; median of the repeats, with the smallest and the largest.
 - Every row's actions are compared with the plain network in fp32 on the same inputs and weights (rounded to bf16
   before): largest difference, and norm of the difference over the norm of what the network adds to its noise.
 - env steps/s = observations/s times the model's action horizon (16 at full size). The simulator is not in it.
 - MFU: operations that a call needs at least (no lm_head, keys and values once; counted on the meta device, a
   multiplication and an addition are two) per second, over a measured product of two square bf16 matrices. fp8 rows
   are held against bf16, too.
-- update: the scripts' own `rollout` and `update`, with generated observations in the simulator's place; features kept
-  from the rollout or computed again, the head in fp32, in TF32 (the scripts' choice at full size), in TF32 with the
-  scripts' --compile, or in bf16.
-- memory: the same at --memory-envs, under a cap of --memory-cap-gb, with several micro-batches and with what the scripts'
-  own --max-memory-gb plans for that cap; updates are cut short.
+- update: the scripts' own `rollout` and `update`, with generated observations in the simulator's place: plain (--precision
+  bf16: the denoising steps in TF32; features kept from the rollout, or computed again), with --compile, with float8 and
+  --compile, and with all of the head in bf16, which the scripts do not do.
+- memory: two iterations of the same at --memory-envs, under a cap of --memory-cap-gb, with what the scripts' own
+  --max-memory-gb plans for that cap, and with activation checkpointing; updates are cut short.
 - newton: the embedded task in the real simulator, without a policy.
+--all begins with what is asked first: update and memory of the scripts, with the first number of views.
 """
 
 # ======== imports =====================================================================================================
@@ -56,7 +58,7 @@ sys.path.insert(0, str(ROOT))
 
 What = Literal["predict", "rollout", "update", "memory", "newton"]
 Script = Literal["grpo_gr00t", "ppo_gr00t_frozen", "ppo_gr00t_lora"]
-Precision = Literal["fp32", "tf32", "compiled", "bf16"]
+Precision = Literal["plain", "compiled", "fp8", "bf16"]
 LEVERS: dict[str, str] = {
     "no-lm-head": "no logits",
     "bf16-weights": "bf16 from end to end instead of bf16 autocast",
@@ -79,17 +81,17 @@ class Args:
     device: str = "auto"  # cpu, cuda, cuda:N or auto
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights and autocast; float32 is for checks
     views: tuple[int, ...] = (1, 2)  # cameras
-    batch_sizes: tuple[int, ...] | None = None  # observations per policy call (full: 64 256 1024 4096; tiny: 8 32)
+    batch_sizes: tuple[int, ...] | None = None  # observations per policy call (full: 256 1 64 1024 4096; tiny: 8 1 32)
     levers: tuple[Lever, ...] = tuple(LEVERS)  # what rollout adds to the straightforward path, in this order
     scripts: tuple[Script, ...] = ("grpo_gr00t", "ppo_gr00t_frozen", "ppo_gr00t_lora")  # of update and memory
-    precisions: tuple[Precision, ...] = ("fp32", "tf32", "compiled", "bf16")  # of the head in update
+    precisions: tuple[Precision, ...] = Precision.__args__  # of update; fp8 and bf16 for the first script alone
     update_envs: int | None = None  # environments of update (full: 64; tiny: 16), a whole episode of each
     memory_envs: int | None = None  # environments of memory and predict (full: 4096; tiny: 64)
     memory_cap_gb: float = 40.0  # GPU memory that memory may take
     newton_envs: int | None = None  # environments of newton (GPU: 4096; CPU: 64)
     newton_sizes: tuple[int, ...] = (64, 128, 224)  # image width and height of newton [px]
     repeats: int = 10  # timed calls per row; update and newton make 3
-    row_seconds: float = 10.0  # fewer calls (3 at least) where they would take longer [s]
+    row_seconds: float = 10.0  # fewer calls (2 at least) where they would take longer [s]
     minutes: float | None = None  # begin no row after so long; --out goes on later
     compile_backend: str = "inductor"  # of the lever compile
     seed: int = 1  # of weights and observations
@@ -133,7 +135,7 @@ def resolve(args: Args) -> Args:
     full = args.size == "full"
     if full and not cuda and set(args.what) & {"rollout", "update", "memory"}:
         raise SystemExit("--size full: needs a CUDA GPU here (10 GB of weights in fp32); use --size tiny or --what predict")
-    args.batch_sizes = args.batch_sizes or ((64, 256, 1024, 4096) if full else (8, 32))
+    args.batch_sizes = args.batch_sizes or ((256, 1, 64, 1024, 4096) if full else (8, 1, 32))
     args.update_envs = args.update_envs or (64 if full else 16)
     args.newton_envs = args.newton_envs or (4096 if cuda else 64)
     names = "update_envs memory_envs newton_envs memory_cap_gb repeats row_seconds minutes"
@@ -355,7 +357,7 @@ def seconds_of(call: Callable[[], Any], args: Args) -> list[float]:
     begin = time.perf_counter()
     call()
     synchronize(args.device)
-    repeats = max(3, min(args.repeats, int(args.row_seconds / (time.perf_counter() - begin))))
+    repeats = max(2, min(args.repeats, int(args.row_seconds / (time.perf_counter() - begin))))
     timers = [StageTimer(args.device) for _ in range(repeats)]
     for timer in timers:
         with timer("call"):
@@ -445,9 +447,14 @@ def measure_call(policy: Policy, inputs: Inputs, expected: Tensor, args: Args, g
 
 def ladder(args: Args, results: Results, config: Gr00tConfig, views: int, batch: int, gflop: float, tflops: float) -> None:
     """The straightforward path, then one lever after the other, for one shape."""
-    rungs = ("straightforward", *args.levers)
+    first = {"what": "rollout", "views": args.views[0], "batch": args.batch_sizes[0]}
+    whole, levers = (views, batch) == (first["views"], first["batch"]), args.levers
+    if not whole:  # what has failed there would fail here
+        levers = [x for x in levers if not results.rows[results.name(first | {"lever": x})]["status"].startswith("failed")]
+    rungs = ("straightforward", *levers)
+    measured = rungs if whole else ("straightforward", *levers[-2:])
     keys = {name: {"what": "rollout", "views": views, "batch": batch, "lever": name} for name in rungs}
-    if all(results.done(key) for key in keys.values()):
+    if all(results.done(keys[name]) for name in measured):
         return
     try:
         dtype, processor = getattr(torch, args.dtype), make_processor(config).to(args.device)
@@ -463,6 +470,8 @@ def ladder(args: Args, results: Results, config: Gr00tConfig, views: int, batch:
         obstacle = policy.obstacle(lever)
         if lever != "straightforward" and not obstacle:
             policy.pull(lever)
+        if lever not in measured:
+            continue
         row = results.run(key, measure, obstacle)
         larger = row["status"] == "out of memory" and lever == "cuda-graph"  # its buffers stay; other levers need less
         if row["status"].startswith("failed") or larger:
@@ -510,37 +519,31 @@ def make_actor(name: str, args: Args, config: Gr00tConfig, views: int, **flags: 
         flags: of the script; the others are its settings for a full-size checkpoint, with one epoch of one minibatch.
     """
     script = importlib.import_module(name)
-    flags = {"device": args.device, "instruction": " ".join(WORDS), "seed": args.seed, "epochs": 1, "minibatches": 1} | flags
-    flags |= {"checkpoint": "random-weights", "precision": "bf16" if args.dtype == "bfloat16" else "fp32"}
+    usual = {"device": args.device, "instruction": " ".join(WORDS), "seed": args.seed, "epochs": 1, "minibatches": 1}
+    usual |= {"checkpoint": "random-weights", "precision": "bf16" if args.dtype == "bfloat16" else "fp32"}
+    flags = usual | flags
     flags |= {"critic_epochs": 1} if hasattr(script.FULL, "critic_epochs") else {}
     own = dataclasses.replace(script.FULL, **flags)
     task = dataclasses.replace(script.TASKS[own.task], cameras={f"view_{i}": "camera" for i in range(views)})
     net = make_net(config, own.device, getattr(torch, args.dtype), args.seed)
-    before = torch.get_float32_matmul_precision()
     with (
         mock.patch.dict(script.TASKS, {own.task: task}),
         mock.patch.object(Gr00tN1d5, "from_pretrained", lambda *_, **__: net),
         mock.patch.object(Gr00tProcessor, "from_pretrained", lambda *_: make_processor(config, views)),
     ):
         policy = script.Gr00tActor(own)
-    torch.set_float32_matmul_precision(before)  # the scripts set their own; here `head_precision` does
     return script, own, policy
 
 
-@contextlib.contextmanager
-def head_precision(policy: nn.Module, precision: str, device: str) -> Iterator[None]:
-    """Runs the head's matrix products in fp32, TF32 or bf16; weights, gradients and log-probabilities stay fp32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision in ("tf32", "compiled") else "highest")
-    if precision == "bf16":
-        for head in {policy.net.action_head, getattr(policy, "base_head", policy.net.action_head)}:
-            for name in ("encode", "velocity"):  # each leaves autocast, which then forgets its copies of the weights
-                kind = torch.device(device).type
-                setattr(head, name, torch.autocast(kind, torch.bfloat16)(getattr(head, name)))
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def steps_in_bf16(policy: nn.Module) -> None:
+    """The denoising steps' products under autocast; weights, gradients and log-probabilities stay fp32."""
+    plain, kind = policy.velocity, policy.device.type
+
+    def velocity(*inputs: Any) -> Tensor:
+        with torch.autocast(kind, torch.bfloat16):
+            return plain(*inputs).float()
+
+    policy.velocity = velocity
 
 
 def measure_script(
@@ -552,7 +555,11 @@ def measure_script(
         micro_batches: that an update takes at most.
         flags: of the script.
     """
-    script, own, policy = make_actor(name, args, config, views, compile=precision == "compiled", **flags)
+    flags |= {"compile": precision in ("compiled", "fp8")} | ({"precision": "fp8"} if precision == "fp8" else {})
+    before = torch.get_float32_matmul_precision()  # which scripts set
+    script, own, policy = make_actor(name, args, config, views, **flags)
+    if precision == "bf16":
+        steps_in_bf16(policy)
     env = GeneratedEnv(script.TASKS[own.task], own, config, views)
     calls = own.num_envs * (env.task.horizon // policy.chunk)
     if own.max_memory_gb:
@@ -567,23 +574,24 @@ def measure_script(
     moving = (True,) if critic else ()
     timer, seconds, ratios = StageTimer(args.device), [], []
     reset_peak(args.device)
-    with head_precision(policy, precision, args.device):
-        for i in range(rounds + 1):
-            log = Metrics(args.device, ALONE)
-            samples = script.rollout(env, policy, own, i, ALONE, timer)
-            keep = script.advantages(samples, env.success, own, ALONE, log)
-            plan = [(rows[:limit], *rest) for rows, *rest in script.plan_minibatches(keep, own, i, ALONE, *moving)]
-            with timer("update"):
-                script.update(policy, optimizer, samples, plan, own, ALONE, log)
-            seconds.append(timer.seconds())
-            ratios.append(log.read()["update/first_ratio_error"])
-            del samples  # as `train` does
+    for i in range(rounds + 1):
+        log = Metrics(args.device, ALONE)
+        samples = script.rollout(env, policy, own, i, ALONE, timer)
+        keep = script.advantages(samples, env.success, own, ALONE, log)
+        plan = [(rows[:limit], *rest) for rows, *rest in script.plan_minibatches(keep, own, i, ALONE, *moving)]
+        with timer("update"):
+            script.update(policy, optimizer, samples, plan, own, ALONE, log)
+        seconds.append(timer.seconds())
+        ratios.append(log.read()["update/first_ratio_error"])
+        del samples  # as `train` does
+    torch.set_float32_matmul_precision(before)
     learned = sum(len(rows) for rows, *_ in plan)
     update = spread([s["update"] for s in seconds[1:]])
     return update | {
         "samples": learned,
         "samples_per_s": learned / update["seconds"],
         "observations_per_s": calls / statistics.median(s["policy"] for s in seconds[1:]),
+        "env_steps_per_s": calls * policy.chunk / statistics.median(s["policy"] for s in seconds[1:]),
         "peak_gb": peak_memory_gb(args.device),
         "ratio_error": max(ratios),
         "micro_batch_size": own.micro_batch_size,
@@ -592,14 +600,16 @@ def measure_script(
 
 
 def update_rows(args: Args, results: Results, config: Gr00tConfig, views: int) -> None:
+    ways = [(precision, "gpu") for precision in args.precisions] + [("plain", "off")] * ("plain" in args.precisions)
     for name in args.scripts:
-        for precision in args.precisions:
-            for cache in ("gpu", "off"):
-                key = {"what": "update", "script": name, "views": views, "envs": args.update_envs, "head": precision}
-                flags = {"num_envs": args.update_envs, "feature_cache": cache}
-                measure = functools.partial(measure_script, name, args, config, views, precision, 3, None, **flags)
-                obstacle = "needs a CUDA GPU" if precision in ("tf32", "compiled") and args.device == "cpu" else ""
-                results.run(key | {"cache": cache}, measure, obstacle)
+        for precision, cache in ways:
+            if name != args.scripts[0] and precision in ("fp8", "bf16"):
+                continue
+            key = {"what": "update", "script": name, "views": views, "envs": args.update_envs, "head": precision}
+            flags = {"num_envs": args.update_envs, "feature_cache": cache}
+            measure = functools.partial(measure_script, name, args, config, views, precision, 3, None, **flags)
+            obstacle = "needs a CUDA GPU" if precision in ("compiled", "fp8") and args.device == "cpu" else ""
+            results.run(key | {"cache": cache}, measure, obstacle)
 
 
 @contextlib.contextmanager
@@ -617,16 +627,14 @@ def memory_cap(device: str, gb: float) -> Iterator[None]:
 
 
 def memory_rows(args: Args, results: Results, config: Gr00tConfig, views: int) -> None:
-    envs, precision = args.memory_envs or (4096 if args.size == "full" else 64), "fp32"
-    if args.device.startswith("cuda"):
-        precision = "tf32"  # as large as fp32, and faster
+    envs = args.memory_envs or (4096 if args.size == "full" else 64)
 
     def measure(name: str, **flags: Any) -> dict:
         with memory_cap(args.device, args.memory_cap_gb):  # more than two micro-batches would take time, not memory
-            return measure_script(name, args, config, views, precision, 1, 2, num_envs=envs, **flags)
+            return measure_script(name, args, config, views, "plain", 1, 2, num_envs=envs, **flags)
 
     for name in args.scripts:
-        for micro_batch, checkpointing in ((128, False), (32, False), (128, True), ("planned", False)):
+        for micro_batch, checkpointing in (("planned", False), (128, True)):
             flags = {"micro_batch_size": micro_batch, "activation_checkpointing": checkpointing}
             if micro_batch == "planned":
                 flags = {"max_memory_gb": args.memory_cap_gb}
@@ -834,6 +842,7 @@ def table(about: dict, rows: list[dict]) -> str:
                 "ms per update (range)": ms,
                 "cached over recomputed": cache_gain,
                 "rollout, obs/s": figure("observations_per_s"),
+                "env steps/s": figure("env_steps_per_s"),
                 memory: figure("peak_gb", 3),
                 "first ratio - 1": figure("ratio_error", 2),
             },
@@ -847,6 +856,7 @@ def table(about: dict, rows: list[dict]) -> str:
                 "features": lambda row: row["features"],
                 memory: figure("peak_gb", 3),
                 "rollout, obs/s": figure("observations_per_s"),
+                "env steps/s": figure("env_steps_per_s"),
                 "update, samples/s": figure("samples_per_s"),
             },
         ),
@@ -899,20 +909,17 @@ def main(args: Args) -> Results:
     config = make_config(args.size)
     for views in args.views if "predict" in args.what else ():
         predict_rows(args, results, views)
-    if "rollout" in args.what:
-        rate = results.run({"what": "matmul"}, lambda: matmul_rate(args))
-        for views in args.views:
-            gflop = cost(config, views)["call"]
-            for batch in args.batch_sizes:
-                ladder(args, results, config, views, batch, gflop, rate.get("tflops", float("nan")))
-                clear_memory()
+    rate = results.run({"what": "matmul"}, lambda: matmul_rate(args)) if "rollout" in args.what else {}
     for views in args.views:
         if "update" in args.what:
             update_rows(args, results, config, views)
         if "memory" in args.what:
             memory_rows(args, results, config, views)
-    if "newton" in args.what:
-        newton_rows(args, results)
+        for batch in args.batch_sizes if "rollout" in args.what else ():
+            ladder(args, results, config, views, batch, cost(config, views)["call"], rate.get("tflops", float("nan")))
+            clear_memory()
+        if "newton" in args.what and views == args.views[0]:
+            newton_rows(args, results)
     print(f"{folder}/table.md")
     return results
 

@@ -142,9 +142,17 @@ class Gr00tPolicy(nn.Module):
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def encode(self, obs: TensorDict, head: ActionHead | None = None) -> ActionContext:
-        """What the denoising steps need of an observation, by the policy's head or another one."""
+        """What the denoising steps need of an observation, by the policy's head or another one; in fp32.
+
+        With a backbone in bfloat16, products are so here, too, as NVIDIA trained them: half of a call's head, two thirds of
+        an update's. The denoising steps, whose means and densities make the ratio, are not.
+        """
         lengths, state = self.lengths[obs["prompt"]] if self.mixed else None, self.processor.normalize_state(obs["state"])
-        return (head or self.net.action_head).encode(self.features(obs), state, self.embodiment(len(state)), lengths)
+        features, head = self.features(obs), head or self.net.action_head
+        with torch.autocast(self.device.type, torch.bfloat16, self.bf16):
+            context = head.encode(features, state, self.embodiment(len(state)), lengths)
+        tokens, pairs = context.state_tokens.float(), tuple((k.float(), v.float()) for k, v in context.key_values)
+        return ActionContext(tokens, pairs, context.mask)
 
     def velocity(self, x: Tensor, k: Tensor, steps: int, context: ActionContext, head: ActionHead | None = None) -> Tensor:
         """Velocity (B, H, A) at chain states x (B, H, A) before denoising step k (B,) of `steps`."""
@@ -175,8 +183,16 @@ def sample_buffer(chunk: TensorDict, length: int) -> TensorDict:
 
 
 def take(samples: TensorDict, rows: Tensor, device: str) -> TensorDict:
-    """Samples (B,) with these indices (B,), on the training device; fields may lie on the host."""
-    return TensorDict({name: x[rows.to(x.device)].to(device, non_blocking=True) for name, x in samples.items()}, len(rows))
+    """Samples (B,) with these indices (B,), on the training device; indices and fields may lie on the host."""
+    found, cuda, on_host = {}, torch.device(device).type == "cuda", rows.device.type == "cpu"
+    there = (rows.pin_memory() if cuda and on_host else rows).to(device, non_blocking=True)
+    for name, x in samples.items():
+        if x.device == there.device:
+            found[name] = x[there]
+        else:  # gathered in pinned memory, whose copy is queued: the host would wait for any other
+            part = torch.empty(len(rows), *x.shape[1:], dtype=x.dtype, pin_memory=cuda)
+            found[name] = torch.index_select(x, 0, rows.cpu(), out=part).to(device, non_blocking=True)
+    return TensorDict(found, len(rows))
 
 
 def activation_bytes(config: Gr00tConfig, length: int, views: int, backbone: bool, checkpointing: bool) -> int:

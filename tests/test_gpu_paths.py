@@ -13,8 +13,10 @@ from torch import nn
 import grpo_gr00t
 import ppo_gr00t_frozen
 import ppo_gr00t_lora
+from benchmarks import throughput
 from common import Metrics, Noise
 from gr00t_n1d5.network import Fp8Linear, Gr00tConfig, Gr00tN1d5, recompute
+from gr00t_n1d5.policy import take
 from tests.test_grpo_math import ALONE, observation, perturb
 
 every_script = pytest.mark.parametrize("module", [grpo_gr00t, ppo_gr00t_frozen, ppo_gr00t_lora], ids=lambda m: m.__name__)
@@ -64,6 +66,72 @@ def test_micro_batches_may_share_their_memory(tiny_checkpoint):
     policy.denoise = replay
     found = policy.act(observation(8), Noise("cpu", ALONE, 1), explore=True)
     assert len(place) == 2 and all(torch.equal(found[name], expected[name]) for name in expected.keys())
+
+
+WHERE = [("cpu", "cpu"), pytest.param("cuda", "cpu", marks=on_gpu), pytest.param("cuda", "cuda", marks=on_gpu)]
+
+
+@pytest.mark.parametrize("device, place", WHERE)
+def test_samples_are_taken_without_waiting(device, place):
+    """Indices on the host; features there, too, or on the device."""
+    features = torch.arange(60.0).view(10, 3, 2).to(place)
+    samples, rows = TensorDict({"features": features, "k": torch.arange(10, device=device)}, 10), torch.tensor([7, 0, 7])
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    found = take(samples, rows, device)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+    assert found["k"].tolist() == [7, 0, 7] and torch.equal(found["features"].cpu(), features.cpu()[rows])
+    assert {x.device.type for x in found.values()} == {device} and found.batch_size == (3,)
+
+
+@every_script
+def test_the_encoder_runs_in_bf16_and_the_steps_do_not(module, tiny_checkpoint):
+    """What --precision bf16 says; the contexts that the steps see differ by bf16's rounding, and the types stay fp32."""
+    exact, policy = (make(module, tiny_checkpoint, precision=precision) for precision in ("fp32", "bf16"))
+    obs, seen = observation(6), []
+    with torch.no_grad():
+        obs["features"] = policy.features(obs).float()  # the same for both
+        found, expected = policy.encode(obs), exact.encode(obs)
+        policy.net.action_head.model.transformer_blocks[0].register_forward_hook(lambda _, x, y: seen.append(y.dtype))
+        policy.velocity(torch.randn(6, *policy.action_shape), torch.zeros(6, dtype=torch.long), 4, found)
+    for a, b in zip((found.state_tokens, *sum(found.key_values, ())), (expected.state_tokens, *sum(expected.key_values, ()))):
+        assert a.dtype == torch.float32 and 1e-4 < float((a - b).norm() / b.norm()) < 0.05
+    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "all in bf16"])
+def test_the_ratio_bears_sums_in_another_order(precision, monkeypatch):
+    """As a GPU's kernels for other batch sizes do it: the update adds up each product in two halves. In TF32 beside bf16."""
+    kind = {"fp32": "fp32"}.get(precision, "bf16")
+    checkpoint = str(grpo_gr00t.HERE / "checkpoints" / "tiny")
+    policy, halves = make(grpo_gr00t, checkpoint, precision=kind), False
+
+    def rounded(x):  # to TF32's 10 bits
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    def linear(layer, x):
+        half, (x, w) = torch.is_autocast_enabled("cpu"), (x.float(), layer.weight.float())
+        if kind == "bf16":
+            x, w = (y.bfloat16().float() if half else rounded(y) for y in (x, w))
+        with torch.autocast("cpu", enabled=False):
+            n = x.shape[-1] // 2
+            y = x[..., :n] @ w[:, :n].t() + x[..., n:] @ w[:, n:].t() if halves else x @ w.t()
+            y = y if layer.bias is None else y + layer.bias.float()
+        return y.bfloat16() if half else y
+
+    monkeypatch.setattr(nn.Linear, "forward", linear)
+    if precision == "all in bf16":
+        throughput.steps_in_bf16(policy)
+    obs, features = observation(256), policy.feature_buffer(1, 256, "gpu")[0]
+    out = policy.act(obs, Noise("cpu", ALONE, 1), True, features)
+    halves = True
+    with torch.no_grad():
+        log_prob = policy.evaluate(TensorDict({**obs, **out, "features": features}, 256))[0]
+    error = float((log_prob - out["log_prob"]).expm1().abs().max())
+    low, high = {"fp32": (1e-6, 1e-4), "bf16": (1e-3, 2e-2), "all in bf16": (3e-2, 1.0)}[precision]
+    assert low < error < high
 
 
 @on_gpu

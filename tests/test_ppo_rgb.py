@@ -206,7 +206,11 @@ def test_time_outs_are_bootstrapped_from_the_last_frames_before_the_reset(film, 
     handed, gae = {}, ppo_isaac_rgb.gae
     names = "rewards values terminated truncated final_values last gamma lam".split()
     monkeypatch.setattr(ppo_isaac_rgb, "gae", lambda *given: handed.update(zip(names, given)) or gae(*given))
+    sizes = set()  # of batches: cuDNN tries its convolutions out for every new one
+    watched = policy.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
     collect(args, env, policy, store)
+    watched.remove()
+    assert sizes == {N}
     episode, age, ends = [0] * N, [0] * N, 0
     for t in range(T):
         for n in range(N):
