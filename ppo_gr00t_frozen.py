@@ -113,7 +113,8 @@ def parse() -> Args:
 
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
-    task = find_task(args.task)
+    args.task = find_task(args.task)
+    task = TASKS[args.task]
     check_positive(
         num_envs=args.num_envs, iterations=args.iterations, save_every=args.save_every, chunk=args.chunk,
         denoise_steps=args.denoise_steps, noise_level=args.noise_level, learning_rate=args.learning_rate,

@@ -98,7 +98,8 @@ def parse() -> Args:
 
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
-    if not find_task(args.task).expert and not args.evaluate:
+    args.task = find_task(args.task)
+    if not TASKS[args.task].expert and not args.evaluate:
         able = ", ".join(name for name, task in TASKS.items() if task.expert)
         raise SystemExit(f"--task {args.task}: has no expert to learn from; {able} has")
     if args.evaluate and not args.checkpoint:

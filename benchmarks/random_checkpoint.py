@@ -68,6 +68,6 @@ def small_tokenizer(folder: Path) -> Path:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    find_task(args.task, runs=False)
+    args.task = find_task(args.task, runs=False)
     write_random(args.task, args.out, args.size, args.seed)
     print(f"{args.out}: random weights for {args.task}")

@@ -19,9 +19,12 @@ import difflib
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from tasks import current_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -288,17 +291,29 @@ TASKS = {
         instructions=("Walk forward.",),
     ),
 }  # fmt: skip
+# tasks without cameras, and the row that looks at the same scene
+SEEN = dict.fromkeys(
+    ("IsaacContrib-Stack-Cube-Franka", "IsaacContrib-Stack-Cube-Franka-IK-Rel"),
+    "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor",
+)
 KIT_EVENTS = ("randomize_scene_lighting_domelight", "randomize_visual_texture_material", "randomize_visual_color")
 
 
-def find_task(name: str, runs: bool = True) -> Task:
-    """A row of TASKS; refuses a name without one, and lists the nearest that have one; also what cannot run here."""
-    if name not in TASKS:
+def find_task(name: str, runs: bool = True) -> str:
+    """The row of TASKS that a name means, an older Isaac Lab's among them; says which, if it is called otherwise.
+
+    Refuses a name without a row, and lists the nearest that have one; also what cannot run here.
+    """
+    row = name if name in TASKS else current_name(name)
+    row = SEEN.get(row, row)
+    if row not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 3, 0.0)
         raise SystemExit(f"--task {name}: no row for it in TASKS; nearest: {', '.join(near)}")
-    if runs and TASKS[name].isaacsim and not importlib.util.find_spec("isaacsim"):
+    if runs and TASKS[row].isaacsim and not importlib.util.find_spec("isaacsim"):
         raise SystemExit(f"--task {name}: runs on PhysX, which comes with Isaac Sim; install that, or choose another task")
-    return TASKS[name]
+    if row != name and os.environ.get("RANK", "0") == "0":
+        print(f"--task {name}: {row}")
+    return row
 
 
 def task_config(

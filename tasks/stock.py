@@ -62,6 +62,8 @@ def known_task(name: str) -> str:
 
     tasks = [task for task, spec in gym.registry.items() if "env_cfg_entry_point" in spec.kwargs]
     found = name if name in tasks else current_name(name)
+    if found not in tasks and found.replace("Isaac-", "IsaacContrib-", 1) in tasks:  # where older ones went
+        found = found.replace("Isaac-", "IsaacContrib-", 1)
     if found not in tasks:
         near = difflib.get_close_matches(found, tasks, 3, 0.0)
         raise SystemExit(f"--task {name}: Isaac Lab has no such task; nearest: {', '.join(near)}")
