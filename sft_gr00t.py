@@ -37,7 +37,7 @@ import tyro
 from common import Metrics, Noise, Ranks, Run, check_not_negative, check_positive, pick_device, run_name, wilson_interval
 from gr00t_n1d5.embodiment import check_checkpoint, check_network, refuse_checkpoint
 from gr00t_n1d5.files import is_full_size
-from tasks.gr00t import TASKS, Prompts, check_columns, copy_leaders, end_terms, find_task, refresh_observations, task_config
+from tasks.gr00t import TASKS, Prompts, copy_leaders, find_task, make_task, refresh_observations, task_config
 
 PARENT = "grpo_gr00t.py"
 DIFFERS = {"Args", "parse", "check", "Gr00tActor", "learning_rate", "train", "main"}
@@ -132,7 +132,6 @@ def check(args: Args) -> Args:
 
 ARGS = parse() if __name__ == "__main__" else None  # heavy imports come after, so --help and refusals are instant
 
-import gymnasium as gym
 import numpy as np
 import torch
 from tensordict import TensorDict
@@ -157,13 +156,9 @@ class ChunkEnv:
     """
 
     def __init__(self, args: Args, cfg):
-        from isaaclab.managers import TerminationManager
-
         self.task = TASKS[args.task]
-        ends = end_terms(cfg, self.task)
-        self.env = gym.make(self.task.isaac or args.task, cfg=cfg).unwrapped
-        self.terminations, self.prompts = TerminationManager(ends, self.env), Prompts(self.env, self.task, args.instruction)
-        check_columns(self.env, args.task)
+        self.env, self.terminations = make_task(args.task, cfg)
+        self.prompts = Prompts(self.env, self.task, args.instruction)
         self.num_envs, self.device = self.env.num_envs, self.env.device
 
     def reset(self, seed: int, group_size: int = 1) -> TensorDict:

@@ -4,8 +4,8 @@
 
 A task of your own needs one row of TASKS: which cameras the policy looks through, which observation terms are its
 proprioception, which columns the action has, what counts as success and as failure, and what it is told to do. A script
-may add it itself: `TASKS["Mine"] = Task(...)`. All manager-based tasks will do. Direct tasks hold their observations and
-resets in code of their own and are refused.
+may add it itself: `TASKS["Mine"] = Task(...)`. The tasks of Isaac Lab's managers will do, and direct tasks, whose rows name
+functions where those of managers name terms (`adapt_direct`).
 
 Isaac Lab's own tasks run on Newton without Isaac Sim. What needs Isaac Sim (random textures and lights) is switched off
 there, as is what differs between environments for a whole run (random masses, frictions): members of a group of
@@ -42,14 +42,15 @@ class Task:
     horizon: int  # environment steps per episode
     success: str | Callable  # name of the success termination, or a function of the env: (N,) bool
     instructions: tuple[str, ...]
-    failures: tuple[str, ...] = ()  # names of terminations that end an attempt
+    failures: tuple[str, ...] = ()  # names of terminations that end an attempt; a direct task's own end always does
     isaac: str = ""  # Isaac Lab's id, where it is not the row's name
     isaacsim: bool = False  # needs Isaac Sim: PhysX alone steps it
     module: str | None = None  # imported to register the task; None: Isaac Lab's own
     terms: tuple[str | Callable, ...] = ()  # observation terms, or functions of the env, whose columns are the state
     privileged: int = 0  # columns of the observation group `critic`, which holds the simulator's state; 0: no such group
     privileged_terms: tuple[str | Callable, ...] = ()  # what that group is made of, where the task has none
-    views: dict[str, tuple] = field(default_factory=dict)  # cameras to add: (eye, look-at) [m] in the environment's frame
+    views: dict[str, tuple] = field(default_factory=dict)  # cameras to add: (eye, look-at) [m] in an environment's frame, or
+    # (eye, look-at, body) in that of the robot's body, with which they move
     image_size: int | None = None  # of the cameras [px], where the checkpoint was trained on another than its own
     overrides: tuple[str, ...] = ()  # Isaac Lab's
     prepare: Callable[[Any], None] | None = None  # changes the configuration further
@@ -152,6 +153,16 @@ def object_position(env: Any) -> Tensor:
 def walked(env: Any) -> Tensor:
     """(N,) whether the robot's root has come 3 m forward."""
     return (env.scene["robot"].data.root_pos_w.torch - env.scene.env_origins)[:, 0] > 3.0
+
+
+def body_and_joints(env: Any) -> Tensor:
+    """(N, 54) of a humanoid's 87 own columns: without the feet's wrenches and the last action."""
+    return env.own_obs["policy"][:, :54]
+
+
+def own_policy(env: Any) -> Tensor:
+    """All columns of a direct task's own observation."""
+    return env.own_obs["policy"]
 
 
 OBJECT_ON_TABLE = 0.28  # height of the lift task's cube at rest [m]: the table's top is at 0.255, the cube's edge 0.05
@@ -290,6 +301,19 @@ TASKS = {
         failures=("torso_height",),
         instructions=("Walk forward.",),
     ),
+    # the same body as a direct task, with a camera that follows it, from behind on its right
+    "Isaac-Humanoid-Direct": Task(
+        cameras={"follow_cam": "follow_cam"},
+        views={"follow_cam": ((-2.5, -2.5, 0.6), (0.3, 0.0, -0.3), "torso")},
+        state={"base": 12, "joint_position": 21, "joint_velocity": 21},
+        terms=(body_and_joints,),
+        action={"joint_effort": 21},
+        horizon=480,
+        success=walked,
+        instructions=("Walk forward.",),
+        privileged=87,
+        privileged_terms=(own_policy,),
+    ),
 }  # fmt: skip
 # tasks without cameras, and the row that looks at the same scene
 SEEN = dict.fromkeys(
@@ -349,23 +373,27 @@ def task_config(
         cfg = stock.task_config(isaac, device, num_envs, physics, (*renders, *task.overrides), {})
         cfg.compute_final_obs = False
         newton = newton and (bool(physics) or not importlib.util.find_spec("isaacsim"))
-    if not hasattr(cfg, "observations"):
-        raise SystemExit(f"--task {name}: {isaac} is a direct task; these scripts take manager-based ones")
+    direct = not hasattr(cfg, "observations")
+    if direct and not all(map(callable, (task.success, *task.terms, *task.privileged_terms))):
+        raise SystemExit(f"--task {name}: a direct task has no terms to name; success and terms of its row must be functions")
     if task.prepare:
         task.prepare(cfg)
     if not task.module:
         switched_off = switch_off(cfg)
         if switched_off:
             log.info(f"{name}: switched off {', '.join(switched_off)}, see tasks/gr00t.py")
-        choose_observations(cfg, task, name)
-    if not dense:
+        if not direct:
+            choose_observations(cfg, task, name)
+    if direct:
+        pass  # its rewards are a function, whoever reads them
+    elif not dense:
         cfg.rewards = {}  # success is watched by the script
     elif isinstance(cfg.rewards, dict) or not getattr(cfg.rewards, "__dict__", None):  # tasks/stock.py puts success in a dict
         raise SystemExit(f"--reward dense: {name} has no rewards; use --reward sparse")
     if newton:  # PhysX and RTX put all environments into one world
         cfg.scene.env_spacing = 0.0  # equal rounding everywhere: members of a group stay bit-identical
-    for camera, (eye, look_at) in task.views.items():
-        add_view(cfg, camera, eye, look_at)
+    for camera, view in task.views.items():
+        add_view(cfg, camera, *view)
     for camera in task.cameras.values():
         if not hasattr(cfg.scene, camera):
             found = [key for key, value in vars(cfg.scene).items() if hasattr(value, "data_types")]
@@ -417,8 +445,8 @@ def choose_observations(cfg: Any, task: Task, name: str) -> None:
     cfg.observations = chosen
 
 
-def add_view(cfg: Any, name: str, eye: tuple[float, ...], look_at: tuple[float, ...]) -> None:
-    """A camera in every environment at `eye`, towards `look_at` [m], 50 degrees wide."""
+def add_view(cfg: Any, name: str, eye: tuple[float, ...], look_at: tuple[float, ...], body: str = "") -> None:
+    """A camera in every environment, or on a body of its robot, at `eye` towards `look_at` [m], 50 degrees wide."""
     import isaaclab.sim as sim_utils
     import torch
     from isaaclab.sensors import CameraCfg
@@ -427,7 +455,7 @@ def add_view(cfg: Any, name: str, eye: tuple[float, ...], look_at: tuple[float, 
 
     view = create_rotation_matrix_from_view(torch.tensor([eye]).float(), torch.tensor([look_at]).float(), "Z")
     camera = CameraCfg(
-        prim_path="{ENV_REGEX_NS}/" + name, height=64, width=64, data_types=["rgb"],
+        prim_path="{ENV_REGEX_NS}/" + (f"Robot/{body}/" if body else "") + name, height=64, width=64, data_types=["rgb"],
         renderer_cfg=MultiBackendRendererCfg().default,
         spawn=sim_utils.PinholeCameraCfg(focal_length=22.5, horizontal_aperture=20.955, clipping_range=(0.05, 10.0)),
         offset=CameraCfg.OffsetCfg(pos=eye, rot=quat_from_matrix(view)[0].tolist(), convention="opengl"),
@@ -438,18 +466,62 @@ def add_view(cfg: Any, name: str, eye: tuple[float, ...], look_at: tuple[float, 
 # ------------------------------------------------------------------------------------------------------------------
 # what a script does with a running environment
 # ------------------------------------------------------------------------------------------------------------------
-def end_terms(cfg: Any, task: Task) -> dict[str, Any]:
-    """Takes the terminations out of a configuration, so that episodes end at the horizon, all at once.
+def make_task(name: str, cfg: Any) -> tuple[Any, Any]:
+    """Isaac Lab's environment, in which nothing ends but by `reset`, and a manager of the ends that a script watches.
 
-    Returns those that a script watches instead: `success`, and the row's failures.
+    The ends are `success` and the row's failures. Refuses a task with other columns than its row says.
     """
-    from isaaclab.managers import TerminationTermCfg
+    import gymnasium as gym
+    from isaaclab.managers import TerminationManager, TerminationTermCfg
 
-    own = isinstance(task.success, str)
-    success = getattr(cfg.terminations, task.success) if own else TerminationTermCfg(func=task.success)
-    terms = {"success": success} | {name: getattr(cfg.terminations, name) for name in task.failures}
-    cfg.terminations = {}
-    return terms
+    task, direct = TASKS[name], not hasattr(cfg, "observations")
+    own = None if direct else cfg.terminations
+    success = getattr(own, task.success) if isinstance(task.success, str) else TerminationTermCfg(func=task.success)
+    ends = {"success": success} | {failure: getattr(own, failure) for failure in task.failures}
+    if direct:
+        ends["over"] = TerminationTermCfg(func=own_end)
+    else:
+        cfg.terminations = {}
+    env = gym.make(task.isaac or name, cfg=cfg).unwrapped
+    if direct:
+        adapt_direct(env, task)
+    check_columns(env, name)
+    return env, TerminationManager(ends, env)
+
+
+def own_end(env: Any) -> Tensor:
+    """(N,) whether a direct task's own code would have ended the episode, other than by its time."""
+    return env.over
+
+
+def adapt_direct(env: Any, task: Task) -> None:
+    """Makes a direct task like one of managers: it resets nothing in its steps, and has the row's observation groups.
+
+    Sets `env.over` (N,), its own verdict, and `env.own_obs`, its own observations, which the row's terms may read.
+    """
+    import torch
+
+    dones, rewards, observations = env._get_dones, env._get_rewards, env._get_observations
+    groups = {"policy": task.terms} | ({"critic": task.privileged_terms} if task.privileged_terms else {})
+    none = torch.zeros(env.num_envs, dtype=torch.bool, device=env.device)
+
+    def get_dones() -> tuple[Tensor, Tensor]:
+        env.over = dones()[0].clone()
+        return none, none
+
+    def get_rewards() -> Tensor:
+        env.reset_terminated.copy_(env.over)  # which may cost something
+        reward = rewards()
+        env.reset_terminated.zero_()
+        return reward
+
+    def get_observations() -> dict[str, Tensor]:
+        env.own_obs = observations()
+        return {group: torch.cat([term(env) for term in terms], 1) for group, terms in groups.items()}
+
+    env._get_dones, env._get_rewards, env._get_observations, env._get_states = get_dones, get_rewards, get_observations, dict
+    env.over = none.clone()
+    env.reset()
 
 
 class Prompts:
@@ -479,11 +551,19 @@ def copy_leaders(env: Any, task: Task, group_size: int) -> None:
     """Puts consecutive environments into the state, and under the instruction, of the first of each group."""
     import torch
 
+    from tasks import stock
+
     leader = torch.arange(env.num_envs, device=env.device) // group_size * group_size  # (N,)
 
-    def of_leader(tree: dict) -> dict:
-        return {k: of_leader(v) if isinstance(v, dict) else v[leader].clone() for k, v in tree.items()}
+    def of_leader(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: of_leader(x) for key, x in tree.items()}
+        each = isinstance(tree, torch.Tensor) and tree.shape[:1] == leader.shape
+        return tree[leader.to(tree.device)].clone() if each else tree
 
+    if not hasattr(env, "reset_to"):  # a direct task remembers in attributes of its own
+        stock.restore(env, of_leader(stock.snapshot(env)))
+        return
     state = of_leader(env.scene.get_state(is_relative=True))
     target = getattr(env, task.target)[leader].clone() if task.target else None
     env.reset_to(state, None, is_relative=True)  # draws new starts, then overwrites them
@@ -501,15 +581,18 @@ def refresh_observations(env: Any) -> None:
             frames.update(NewtonManager.get_state_0())
     for sensor in env.scene.sensors.values():
         sensor.update(0.0)
-    env.obs_buf = env.observation_manager.compute()
+    env.obs_buf = env.observation_manager.compute() if hasattr(env, "observation_manager") else env._compute_observations()
 
 
 def check_columns(env: Any, name: str) -> None:
     """Refuses a started task with other columns than its row says."""
     task = TASKS[name]
-    groups = env.observation_manager.group_obs_dim
-    found = {"state": groups["policy"][0], "action": env.action_manager.total_action_dim}
-    found["privileged"] = groups["critic"][0] if "critic" in groups else 0
+    if hasattr(env, "observation_manager"):
+        groups = {group: shape[0] for group, shape in env.observation_manager.group_obs_dim.items()}
+        action = env.action_manager.total_action_dim
+    else:
+        groups, action = {group: x.shape[1] for group, x in env.obs_buf.items()}, env.single_action_space.shape[0]
+    found = {"state": groups["policy"], "action": action, "privileged": groups.get("critic", 0)}
     for kind, wanted in {**task.sizes, "privileged": task.privileged}.items():
         if found[kind] != wanted:
             raise SystemExit(f"--task {name}: {found[kind]} {kind} columns, its row in TASKS says {wanted}")
