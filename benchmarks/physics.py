@@ -1,7 +1,7 @@
 """Environment steps per second of Newton's tasks on a CPU: Warp's kernels against C MuJoCo, random actions.
 
-    python benchmarks/physics.py                 # a table; one process per measurement, the two interleaved
-    ISAACSIM_ASSET_ROOT=$(python tests/assets.py) python benchmarks/physics.py --threads 1 2    # with stand-in assets
+python benchmarks/physics.py                 # a table; one process per measurement, the two interleaved
+ISAACSIM_ASSET_ROOT=$(python tests/assets.py) python benchmarks/physics.py --threads 1 2    # with stand-in assets
 """
 
 import statistics

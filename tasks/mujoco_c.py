@@ -95,7 +95,7 @@ class MujocoCSolver(SolverMuJoCo):
         rows = [np.broadcast_to(x, (worlds, *x.shape[1:])).reshape(worlds, -1) for x in values]
         rows = np.concatenate(rows, 1)
         # derived constants, as inverse weights, are rounded differently where environments stand apart
-        if len(self.models) == 1 and not np.isclose(rows, rows[:1], 1e-5, 1e-9).all():
+        if len(self.models) == 1 and not np.isclose(rows, rows[:1], 1e-4, 1e-9).all():
             self.models, self.rows = [copy.copy(self.mj_model) for _ in range(worlds)], None
         changed = np.ones(worlds, bool) if self.rows is None else (rows != self.rows).any(1)
         for i in np.flatnonzero(changed[: len(self.models)]):

@@ -85,7 +85,9 @@ def parse_config(task: str, device: str, num_envs: int, overrides: Sequence[str]
 def check_physics(physics: str | None, device: str) -> None:
     """Refuses C MuJoCo on a GPU."""
     if physics == "mujoco_c" and "cpu" not in device:
-        raise SystemExit(f"--physics mujoco_c: steps on a CPU only, not on {device}; use --device cpu or --physics newton_mjwarp")
+        raise SystemExit(
+            f"--physics mujoco_c: steps on a CPU only, not on {device}; use --device cpu or --physics newton_mjwarp"
+        )
 
 
 def step_in_c(cfg: Any, required: bool) -> None:
