@@ -1,4 +1,7 @@
-"""Isaac Lab tasks: gr00t.py (one row per task), stock.py (Isaac Lab's own as plain tensors), tabletop.py (embedded)."""
+"""Isaac Lab tasks: gr00t.py (one row per task), stock.py (Isaac Lab's own as plain tensors), tabletop.py (embedded).
+
+mujoco_c.py steps them on a CPU.
+"""
 
 import re
 

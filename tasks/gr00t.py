@@ -351,7 +351,7 @@ def task_config(
     Args:
         num_envs: of this process.
         image_size: height and width of the cameras [px], unless the row has its own.
-        physics, renderer: Isaac Lab's presets; None: the task's own, or Newton's where Isaac Sim is not installed.
+        physics, renderer: Isaac Lab's presets, or mujoco_c; None: the task's own, or Newton's where Isaac Sim is not installed.
         dense: keep the task's own rewards; a script that watches success alone has no use for them.
     """
     import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own tasks)
@@ -366,6 +366,7 @@ def task_config(
         raise SystemExit(f"--renderer {renderer}: must be one of {', '.join(renderers)}")
     renders = (f"renderer={renderer}",) if renderer else ()
     if task.module:
+        stock.check_physics(physics, device)
         importlib.import_module(task.module)
         presets = (*((f"physics={physics}",) if physics else ()), *renders)
         cfg = stock.parse_config(isaac, device, num_envs, [*presets, *task.overrides])
@@ -574,7 +575,7 @@ def copy_leaders(env: Any, task: Task, group_size: int) -> None:
 
 def refresh_observations(env: Any) -> None:
     """Lets sensors and observations see the state that a reset has made: Newton moves its frames in physics steps only."""
-    if "newton" in str(env.sim.physics_manager):  # the manager class of the backend
+    if env.sim.physics_manager.__name__.startswith("Newton"):  # the manager class of the backend
         from isaaclab_newton.physics import NewtonManager
 
         for frames in NewtonManager._newton_frame_transform_sensors:

@@ -27,6 +27,7 @@ from common import Ranks
 from tasks import current_name
 
 MISSING = object()
+C_MANAGERS = "tasks.mujoco_c:NewtonMujocoCManager", "tasks.mujoco_c:NewtonMujocoCOnlyManager"  # if it can be; must be
 
 
 @contextlib.contextmanager
@@ -83,6 +84,31 @@ def parse_config(task: str, device: str, num_envs: int, overrides: Sequence[str]
         raise SystemExit(f"--task {task} with {' '.join(overrides)}: {why}; see --physics and --overrides") from error
 
 
+def check_physics(physics: str | None, device: str) -> None:
+    """Refuses C MuJoCo on a GPU."""
+    if physics == "mujoco_c" and "cpu" not in device:
+        raise SystemExit(
+            f"--physics mujoco_c: steps on a CPU only, not on {device}; use --device cpu or --physics newton_mjwarp"
+        )
+
+
+def step_in_c(cfg: Any, required: bool) -> None:
+    """Lets C MuJoCo step what Newton would with MuJoCo-Warp: sets the manager that Isaac Lab takes for a task's physics.
+
+    Args:
+        cfg: Isaac Lab's configuration of a task that runs on a CPU.
+        required: whether the simulator's start refuses a task that C MuJoCo cannot step, rather than using Warp.
+    """
+    from isaaclab.utils.string import ResolvableString
+    from isaaclab_newton.physics import MJWarpSolverCfg
+
+    solver = getattr(cfg.sim.physics, "solver_cfg", None)
+    if isinstance(solver, MJWarpSolverCfg) and not solver.use_mujoco_cpu:
+        cfg.sim.physics.class_type = solver.class_type = ResolvableString(C_MANAGERS[required])
+    elif required:
+        raise SystemExit(f"--physics mujoco_c: {type(solver).__name__} is not MuJoCo's; leave out --physics or the override")
+
+
 def task_config(
     task: str, device: str, num_envs: int, physics: str | None, overrides: tuple[str, ...],
     groups: dict[str, tuple[str, ...] | None], images: bool = False,
@@ -92,7 +118,8 @@ def task_config(
     A task without rewards gets its success termination as one, worth 1 for the step that succeeds.
 
     Args:
-        physics: Isaac Lab's preset; None: the task's own, or Newton where Isaac Sim is not installed.
+        physics: Isaac Lab's preset, or mujoco_c; None: the task's own, or Newton where Isaac Sim is not installed, which
+            C MuJoCo steps on a CPU.
         overrides: Isaac Lab's key=value overrides.
         groups: observation groups that it must have, at least one, by the flag that names them; None: not asked for.
         images: whether the policy is to observe images, rather than numbers.
@@ -101,7 +128,10 @@ def task_config(
     from isaaclab.managers import RewardTermCfg
     from isaaclab.utils.assets import check_file_path
 
-    physics = physics or (None if importlib.util.find_spec("isaacsim") else "newton_mjwarp")
+    check_physics(physics, device)
+    free = physics is None and not importlib.util.find_spec("isaacsim")
+    in_c = physics == "mujoco_c" or (free and "cpu" in device)
+    physics, required = "newton_mjwarp" if free or in_c else physics, physics == "mujoco_c"
     given = [*([f"physics={physics}"] if physics else []), *overrides]
     if "Stack-Cube" in task and physics and physics.startswith("newton"):
         given.append("env.scene.replicate_physics=true")  # Newton finds no bodies otherwise
@@ -156,6 +186,8 @@ def task_config(
                 f"{refused} cannot reach {file}; connect to the network, or set ISAACSIM_ASSET_ROOT to a copy of "
                 "NVIDIA's assets (stand-ins that need no network: python tests/assets.py)"
             )
+    if in_c:
+        step_in_c(cfg, required)
     cfg.compute_final_obs = True  # what time-outs are bootstrapped from
     return cfg
 

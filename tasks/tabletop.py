@@ -12,7 +12,7 @@ physics (MuJoCo-Warp) and the Newton Warp renderer, so it runs on any NVIDIA GPU
 - termination `success`: the named cube is above `LIFT_HEIGHT` for `HOLD_STEPS` steps in a row while the other is not
 - episodes of `HORIZON` steps at 25 Hz
 
-On a CPU the worlds are stepped by C MuJoCo (`MujocoCStepper`) through the very model that Newton compiled, which is
+On a CPU the worlds are stepped by C MuJoCo (`tasks/mujoco_c.py`) through the very model that Newton compiled, which is
 about ten times faster than Warp's kernels there. `physics=newton_mjwarp` switches back to Warp, `physics=mujoco_c` asks
 for C MuJoCo explicitly; the default chooses by device and says so in one log line.
 """
@@ -41,9 +41,12 @@ from isaaclab.scene import InteractiveSceneCfg
 from isaaclab.sensors import CameraCfg
 from isaaclab.sim.utils import clone
 from isaaclab.utils import configclass
+from isaaclab.utils.string import ResolvableString
 from isaaclab_newton.physics import MJWarpSolverCfg, NewtonCfg, NewtonShapeCfg
 from isaaclab_tasks.utils import PresetCfg
 from isaaclab_tasks.utils.presets import MultiBackendRendererCfg
+
+from tasks.stock import C_MANAGERS
 
 log = logging.getLogger(__name__)
 
@@ -381,17 +384,9 @@ class EventsCfg:
     reset = EventTermCfg(func=randomise_start, mode="reset", params={"gantry_share": 0.0})
 
 
-@configclass
-class LiftNewtonCfg(NewtonCfg):
-    """Newton with the contact settings that hold a cube (looser ones let it slip out of the fingers)."""
-
-    stepper: str = "auto"
-    """`warp`, `mujoco_c` (CPU only), or `auto`: C MuJoCo on a CPU, Warp on a GPU."""
-
-    num_substeps = SUBSTEPS
-    use_cuda_graph = True
-    default_shape_cfg = NewtonShapeCfg(mu=2.0, ke=1e4, kd=200.0)
-    solver_cfg = MJWarpSolverCfg(
+def lift_solver(**changes) -> MJWarpSolverCfg:
+    """Contacts that hold a cube; looser ones let it slip out of the fingers."""
+    return MJWarpSolverCfg(
         solver="newton",
         integrator="implicitfast",
         cone="elliptic",
@@ -400,16 +395,27 @@ class LiftNewtonCfg(NewtonCfg):
         ls_iterations=20,
         njmax=80,
         nconmax=24,
+        **changes,
     )
 
 
 @configclass
-class LiftPhysicsCfg(PresetCfg):
-    """Presets for `physics=`."""
+class LiftNewtonCfg(NewtonCfg):
+    """Newton with the contact settings that hold a cube."""
 
-    newton_mjwarp: LiftNewtonCfg = LiftNewtonCfg(stepper="warp")
-    mujoco_c: LiftNewtonCfg = LiftNewtonCfg(stepper="mujoco_c")
-    default: LiftNewtonCfg = LiftNewtonCfg()
+    num_substeps = SUBSTEPS
+    use_cuda_graph = True
+    default_shape_cfg = NewtonShapeCfg(mu=2.0, ke=1e4, kd=200.0)
+    solver_cfg = lift_solver()
+
+
+@configclass
+class LiftPhysicsCfg(PresetCfg):
+    """Presets for `physics=`. The default is C MuJoCo on a CPU, Warp on a GPU."""
+
+    newton_mjwarp: LiftNewtonCfg = LiftNewtonCfg()
+    mujoco_c: LiftNewtonCfg = LiftNewtonCfg(solver_cfg=lift_solver(class_type=ResolvableString(C_MANAGERS[True])))
+    default: LiftNewtonCfg = LiftNewtonCfg(solver_cfg=lift_solver(class_type=ResolvableString(C_MANAGERS[False])))
 
 
 @configclass
@@ -429,26 +435,20 @@ class LiftEnvCfg(ManagerBasedRLEnvCfg):
 
 
 class LiftEnv(ManagerBasedRLEnv):
-    """Manager-based environment that adds the language target and, on a CPU, C MuJoCo stepping.
+    """Manager-based environment that adds the language target.
 
     Attributes:
         target: index into `COLOURS` of the named cube, (N,) int64.
     """
 
     def __init__(self, cfg: LiftEnvCfg, **kwargs):
-        physics, on_cpu = cfg.sim.physics, "cpu" in cfg.sim.device
-        stepper = physics.stepper if physics.stepper != "auto" else ("mujoco_c" if on_cpu else "warp")
-        if stepper == "mujoco_c" and not on_cpu:
-            raise ValueError("physics=mujoco_c steps on the CPU only; use --device cpu or --physics newton_mjwarp")
-        physics.num_substeps = SUBSTEPS if stepper == "warp" else 1  # C MuJoCo runs the substeps itself
-        if stepper == "warp":  # contacts in a fixed order: members of a group stay alike, seeds and resumed runs repeat
+        physics = cfg.sim.physics
+        on_warp = "cpu" not in cfg.sim.device or physics.class_type not in C_MANAGERS
+        if on_warp:  # contacts in a fixed order: members of a group stay alike, seeds and resumed runs repeat
             physics.deterministic_mode, physics.solver_cfg.disable_sensors = "run_to_run", True
         self.target = torch.zeros(cfg.scene.num_envs, dtype=torch.long, device=cfg.sim.device)
         super().__init__(cfg, **kwargs)
-        if stepper == "mujoco_c":
-            MujocoCStepper(SUBSTEPS, torch.get_num_threads())
-            log.info("physics: C MuJoCo on the CPU, Newton's compiled model (Warp instead: --physics newton_mjwarp)")
-        else:
+        if on_warp:
             # at full line search iterations the kernels would print a line each, tens of thousands an episode
             from isaaclab_newton.physics import NewtonManager
 
@@ -467,74 +467,6 @@ gym.register(
     disable_env_checker=True,
     kwargs={"env_cfg_entry_point": f"{__name__}:LiftEnvCfg"},
 )
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# C MuJoCo stepping on a CPU
-# ------------------------------------------------------------------------------------------------------------------
-class MujocoCStepper:
-    """Steps all worlds with C MuJoCo's threaded rollout instead of MuJoCo-Warp kernels.
-
-    Newton's solver compiles one `mjModel` as the template of all worlds; this class steps that model from each world's
-    positions, velocities and controls, which it exchanges through numpy views of the Warp arrays (shared memory on a
-    CPU). Worlds share world 0's parameters, so per-world physics randomisation is not seen. Every control step starts
-    the constraint solver cold: a step depends on the state and the action alone, so replays are exact.
-    """
-
-    def __init__(self, substeps: int, threads: int):
-        """Take over the physics step of the running Newton simulation.
-
-        Args:
-            substeps: contact steps per physics step.
-            threads: worlds stepped at once.
-        """
-        import mujoco
-        import numpy as np
-        from isaaclab_newton.physics import NewtonManager
-        from mujoco.rollout import Rollout
-
-        solver = NewtonManager._solver
-        model, warp_model, data = solver.mj_model, solver.mjw_model, solver.mjw_data
-        # Isaac Lab writes gains, masses and friction to the Warp model only
-        for name in dir(model):
-            if name.split("_")[0] in ("actuator", "dof", "jnt", "geom", "body"):
-                template, batched = getattr(model, name), getattr(warp_model, name, None)
-                if isinstance(template, np.ndarray) and template.dtype.kind == "f" and hasattr(batched, "numpy"):
-                    values = batched.numpy()
-                    if values.shape[1:] == template.shape:
-                        template[:] = values[0]
-        self._model, self._substeps = model, substeps
-        self._data = [mujoco.MjData(model) for _ in range(threads)]
-        self._rollout = Rollout(nthread=threads)
-        self._qpos, self._qvel = data.qpos.numpy(), data.qvel.numpy()  # (N, nq), (N, nv)
-        self._inputs = [data.ctrl.numpy(), data.qfrc_applied.numpy(), data.xfrc_applied.numpy()]
-        state = mujoco.mjtState
-        self._control_spec = int(state.mjSTATE_CTRL | state.mjSTATE_QFRC_APPLIED | state.mjSTATE_XFRC_APPLIED)
-        width = mujoco.mj_stateSize(model, int(state.mjSTATE_FULLPHYSICS))
-        self._state = np.zeros((len(self._qpos), width))  # time, positions, velocities
-        if width != 1 + model.nq + model.nv:
-            raise ValueError("C MuJoCo stepping does not carry actuator activations, histories or plugins")
-        self._out = np.zeros((len(self._qpos), substeps, width))
-        self._dt = warp_model.opt.timestep.numpy()
-        solver._mujoco_warp_step = self.step
-
-    def step(self):
-        """Advance every world by one physics step."""
-        import numpy as np
-
-        nq = self._model.nq
-        self._model.opt.timestep = float(self._dt[0]) / self._substeps
-        self._state[:, 1 : 1 + nq], self._state[:, 1 + nq :] = self._qpos, self._qvel
-        control = np.concatenate([x.reshape(len(x), -1) for x in self._inputs], 1)[:, None]  # (N, 1, nu + nv + 6 nb)
-        self._rollout.rollout(
-            self._model,
-            self._data,
-            self._state,
-            np.ascontiguousarray(np.broadcast_to(control, (len(control), self._substeps, control.shape[2])), dtype=float),
-            control_spec=self._control_spec,
-            state=self._out,
-        )
-        self._qpos[:], self._qvel[:] = self._out[:, -1, 1 : 1 + nq], self._out[:, -1, 1 + nq :]
 
 
 # ------------------------------------------------------------------------------------------------------------------
