@@ -54,7 +54,8 @@ def steps(device: str) -> list[Step]:
     """The ladder; a CPU gets the tiny network and small numbers."""
     gpu = device != "cpu"
     many, random, size = (4096, "runs/random_3b", "full") if gpu else (32, "runs/random_tiny", "tiny")
-    bench = f"benchmarks/throughput.py --device {device} --out runs/gpu/throughput_{device.replace(':', '')} --what"
+    bench = f"benchmarks/throughput.py --device {device} --out runs/gpu/throughput_{device.replace(':', '')}"
+    bench += " --what" if gpu else " --compile-backend eager --what"  # the compiler for CPUs takes minutes
     grpo = f"grpo_gr00t.py --device {device} --eval-episodes 0"
     full = f"{grpo} --checkpoint {random} --num-envs {many} --group-size 16 --iterations 1 --exp-name gpu_full"
     demo = f"grpo_gr00t.py --device {device} --exp-name gpu_demo" + (

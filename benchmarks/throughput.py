@@ -279,7 +279,7 @@ class Results:
     SAME = ("size", "dtype", "device_name", "torch")  # what all rows of a folder share
 
     def __init__(self, folder: Path, about: dict, minutes: float | None):
-        self.folder, self.about, self.rows = folder, about, {}
+        self.folder, self.about, self.rows, self.failed = folder, about, {}, False  # the last: in this call
         self.until = time.monotonic() + 60 * minutes if minutes else float("inf")
         file = folder / "results.json"
         if file.is_file():
@@ -316,6 +316,7 @@ class Results:
                 status = "out of memory" if out_of_memory(error) else "failed: " + " ".join(str(error).split())[:200]
                 with open(self.folder / "errors.log", "a") as log:
                     log.write(f"{name}\n{traceback.format_exc()}\n")
+        self.failed |= status.startswith("failed")
         clear_memory()
         self.rows[name] = row = {**key, "status": status, **figures}
         self.save()
@@ -928,4 +929,4 @@ if __name__ == "__main__":
     if ARGS.worker:
         newton_worker(resolve(ARGS), ARGS.worker)
     else:
-        sys.exit(any(row["status"].startswith("failed") for row in main(ARGS).rows.values()))
+        sys.exit(main(ARGS).failed)

@@ -301,10 +301,10 @@ TASKS = {
         failures=("torso_height",),
         instructions=("Walk forward.",),
     ),
-    # the same body as a direct task, with a camera that follows it, from behind on its right
+    # the same body as a direct task, with a camera on its back that follows it
     "Isaac-Humanoid-Direct": Task(
         cameras={"follow_cam": "follow_cam"},
-        views={"follow_cam": ((-2.5, -2.5, 0.6), (0.3, 0.0, -0.3), "torso")},
+        views={"follow_cam": ((-2.4, -1.2, 0.6), (0.3, 0.0, -0.3), "torso")},
         state={"base": 12, "joint_position": 21, "joint_velocity": 21},
         terms=(body_and_joints,),
         action={"joint_effort": 21},

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.random_checkpoint import write_random
-from tasks.gr00t import TASKS, check_columns, find_task, gripper_frame, task_config
+from tasks.gr00t import TASKS, adapt_direct, check_columns, find_task, gripper_frame, own_end, task_config
+from tasks.stock import known_task
 
 STACK = "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor"
 RUNS = {  # row: the script that trains on it, its flags
@@ -29,6 +30,7 @@ RUNS = {  # row: the script that trains on it, its flags
     "Isaac-Open-Drawer-Franka": ("grpo_gr00t", {}),
     "Isaac-Lift-Franka": ("ppo_gr00t_frozen", {"critic_obs": "privileged"}),
     "Isaac-Humanoid": ("ppo_gr00t_lora", {"reward": "dense"}),
+    "Isaac-Humanoid-Direct": ("grpo_gr00t", {}),
 }
 N, GROUP, STEPS = 4, 2, 16
 
@@ -49,7 +51,7 @@ def groups(env, group_reset) -> dict:
     import torch
 
     obs, found = group_reset(3), {}
-    actions = torch.rand(N // GROUP, 4, env.env.action_manager.total_action_dim) * 2 - 1
+    actions = torch.rand(N // GROUP, 4, env.task.sizes["action"]) * 2 - 1
     for moment in ("reset", "chunk"):
         state = physics_state(env)
         alike = [torch.equal(x[0::2], x[1::2]) for x in (state, obs["state"], obs["images"])]
@@ -66,7 +68,7 @@ def renders(env) -> list[int]:
 
     count, render = [], Camera._update_buffers_impl
     Camera._update_buffers_impl = lambda self, *args: (count.append(0), render(self, *args))[1]
-    found, still = [], torch.zeros(N, 3, env.env.action_manager.total_action_dim)
+    found, still = [], torch.zeros(N, 3, env.task.sizes["action"])
     for last in (True, False):
         count.clear()
         env.step_chunk(still, last=last)
@@ -109,7 +111,7 @@ def ends(env, name: str) -> list[list[bool]]:
     import torch
 
     env.reset(7)
-    d = env.env.action_manager.total_action_dim
+    d = env.task.sizes["action"]
     hold = torch.zeros(N, 1, d)
     found = []
     if "Stack" in name:
@@ -244,7 +246,73 @@ def test_rows_that_do_not_fit_are_refused(monkeypatch):
     text = refused(monkeypatch, isaac="Isaac-Open-Drawer-Franka", terms=("joint_pos", "joint_torque"))
     assert "no observation term joint_torque" in text and "joint_vel" in text and "rel_ee_drawer_distance" in text
     text = refused(monkeypatch, isaac="Isaac-Humanoid-Direct", cameras={}, views={})
-    assert "Isaac-Humanoid-Direct is a direct task" in text
+    assert "a direct task has no terms to name; success and terms of its row must be functions" in text
+
+
+@pytest.mark.parametrize(
+    "name, row",
+    {
+        "Isaac-Stack-Cube-Franka-v0": STACK,
+        "Isaac-Stack-Cube-Franka-IK-Rel-v0": STACK,
+        "Isaac-Stack-Cube-Franka-IK-Rel-Visuomotor-v0": STACK,
+        "Isaac-Open-Drawer-Franka-v0": "Isaac-Open-Drawer-Franka",
+        "Isaac-Open-Drawer-Franka-Play-v0": "Isaac-Open-Drawer-Franka",
+        "Isaac-Humanoid-Direct-v0": "Isaac-Humanoid-Direct",
+        "Isaac-Lift-Cube-Franka-v0": "Isaac-Lift-Franka",
+        "Tabletop-Lift-Cube-v0": "Tabletop-Lift-Cube-v0",
+    }.items(),
+)
+def test_names_of_older_isaac_labs(name, row, capsys):
+    assert find_task(name) == row
+    assert capsys.readouterr().out == (f"--task {name}: {row}\n" if name != row else "")
+
+
+OLD_NAMES = """
+    Isaac-Ant-v0 Isaac-Ant-Direct-v0 Isaac-Cartpole-v0 Isaac-Cartpole-Direct-v0 Isaac-Cartpole-RGB-v0
+    Isaac-Cartpole-RGB-Camera-Direct-v0 Isaac-Humanoid-v0 Isaac-Humanoid-Direct-v0 Isaac-Reach-Franka-v0 Isaac-Reach-UR10-v0
+    Isaac-Lift-Cube-Franka-v0 Isaac-Lift-Cube-Franka-IK-Rel-v0 Isaac-Open-Drawer-Franka-v0 Isaac-Open-Drawer-Franka-IK-Abs-v0
+    Isaac-Franka-Cabinet-Direct-v0 Isaac-Stack-Cube-Franka-v0 Isaac-Stack-Cube-Franka-IK-Rel-v0 Isaac-Repose-Cube-Allegro-v0
+    Isaac-Repose-Cube-Shadow-Direct-v0 Isaac-Shadow-Hand-Over-Direct-v0 Isaac-Velocity-Flat-Anymal-D-v0
+    Isaac-Velocity-Rough-Anymal-C-v0 Isaac-Velocity-Flat-Unitree-Go2-v0 Isaac-Velocity-Rough-Unitree-A1-v0
+    Isaac-Velocity-Flat-H1-v0 Isaac-Velocity-Flat-G1-v0 Isaac-Velocity-Flat-Spot-v0 Isaac-Factory-PegInsert-Direct-v0
+""".split()
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_old_names_are_tasks_of_this_isaac_lab(name):
+    import gymnasium as gym
+
+    assert known_task(name) in gym.registry
+    assert known_task(name.replace("-v0", "-Play-v0")) == known_task(name)
+
+
+def test_a_direct_task_ends_nothing_by_itself():
+    """Its own verdict goes to the script, its rewards see it, and its observations are the row's terms."""
+    yes, no = torch.tensor([True, False]), torch.zeros(2, dtype=torch.bool)
+
+    class Direct:
+        num_envs, device, reset_terminated = 2, "cpu", no.clone()
+
+        def _get_dones(self):
+            return yes, torch.ones_like(yes)
+
+        def _get_rewards(self):
+            return -self.reset_terminated.float()
+
+        def _get_observations(self):
+            return {"policy": torch.arange(174.0).view(2, 87)}
+
+        def reset(self):
+            self.obs_buf = self._get_observations()
+
+    env, row = Direct(), TASKS["Isaac-Humanoid-Direct"]
+    adapt_direct(env, row)
+    assert own_end(env).tolist() == [False, False]
+    assert [x.tolist() for x in env._get_dones()] == [[False] * 2] * 2 and own_end(env).tolist() == [True, False]
+    assert env._get_rewards().tolist() == [-1.0, 0.0] and not env.reset_terminated.any()
+    assert {name: tuple(x.shape) for name, x in env.obs_buf.items()} == {"policy": (2, 54), "critic": (2, 87)}
+    env.single_action_space = SimpleNamespace(shape=(21,))
+    check_columns(env, "Isaac-Humanoid-Direct")
 
 
 def test_dense_reward_of_a_task_without_rewards():
