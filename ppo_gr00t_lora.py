@@ -56,7 +56,7 @@ class Args:
     data_config: str | None = None  # which of its keys the network gets, and how: a row of DATA_CONFIGS, or a JSON file
     seed: int = 1  # of the episode starts, the sampler's noise and the minibatches
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
-    physics: str | None = None  # Isaac Lab physics preset (newton_mjwarp, ...) or mujoco_c, the default on a CPU
+    physics: str | None = None  # Isaac Lab physics preset (newton_mjwarp, ...), or mujoco_c: a CPU's default
     renderer: str | None = None  # Isaac Lab renderer preset (newton_renderer, isaacsim_rtx, ...)
     num_envs: int = 128  # parallel environments over all ranks
     iterations: int = 240  # rollout-and-update iterations

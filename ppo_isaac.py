@@ -49,9 +49,7 @@ class Args:
     checkpoint: str | None = None  # folder of a saved policy: evaluated with --evaluate, trained further without
     seed: int = 1  # seed of the weights, the environments, the actions and the minibatches
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
-    physics: str | None = (
-        None  # Isaac Lab physics preset (newton_mjwarp, isaacsim_physx, ...) or mujoco_c, the default on a CPU
-    )
+    physics: str | None = None  # Isaac Lab physics preset (newton_mjwarp, isaacsim_physx, ...), or mujoco_c: a CPU's default
     overrides: tuple[str, ...] = ()  # Isaac Lab overrides of the task, as presets=box_discrete or env.decimation=4
     num_envs: int = 512  # parallel environments over all ranks; a GPU takes 4096
     iterations: int = 1000  # rollout-and-update iterations

@@ -53,7 +53,7 @@ class Args:
     embodiment_tag: str | None = None  # entry of metadata.json: to write (new_embodiment by default), or to evaluate
     seed: int = 1  # of the demonstrations, initial weights and training
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
-    physics: str | None = None  # Isaac Lab physics preset (newton_mjwarp, ...) or mujoco_c, the default on a CPU
+    physics: str | None = None  # Isaac Lab physics preset (newton_mjwarp, ...), or mujoco_c: a CPU's default
     renderer: str | None = None  # Isaac Lab renderer preset (newton_renderer, isaacsim_rtx, ...)
     num_envs: int = 128  # parallel environments over all ranks
     evaluate: bool = False  # evaluate --checkpoint, and nothing else

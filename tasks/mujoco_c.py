@@ -1,10 +1,11 @@
 """C MuJoCo steps Newton's tasks on a CPU, several times faster than Warp's kernels do there.
 
 `--physics mujoco_c` asks for it, and on a CPU it is the default. An Isaac Lab configuration carries it as the manager of
-its physics (`tasks/stock.py`, `step_in_c`): environments are made as ever, by `gym.make`. Newton compiles one `mjModel` as the template of all
-worlds, and C MuJoCo steps that model from each world's positions, velocities and inputs, which are numpy views of the Warp
-arrays (shared memory on a CPU). The constraint solver starts cold: a step depends on state and action alone, so replays are
-exact. What Newton computes with Warp after a step still comes from Warp: bodies' poses, observations, images.
+its physics (`tasks/stock.py`, `step_in_c`): environments are made as ever, by `gym.make`. Newton compiles one `mjModel` as
+the template of all worlds, and C MuJoCo steps that model from each world's positions, velocities and inputs, which are
+numpy views of the Warp arrays (shared memory on a CPU). The constraint solver starts cold: a step depends on state and
+action alone, so replays are exact. What Newton computes with Warp after a step still comes from Warp: bodies' poses,
+observations, images. Contacts are found by MuJoCo, also where a task would have Newton find them.
 
 Isaac Lab reads joint wrenches from the solver, which C MuJoCo's sensors deliver. Contacts and accelerations it does not
 get (`missing`): such a task is stepped by Warp, as the log says, or refused where C MuJoCo was asked for.

@@ -18,7 +18,7 @@ from tests import warm
 ROOT = Path(__file__).resolve().parents[1]
 N, STEPS, CHANGE = 16, 30, 10  # environments, steps, and the step before which a second reset changes parameters
 
-# task: bound on the difference of any observation, quantile of the worlds that is held to it, steps; about ten times what was seen
+# task: bound on observations' differences, about ten times what was seen; quantile of the worlds it holds for; steps
 AGREEMENT = {
     "Isaac-Cartpole-Direct": (3e-5, 1.0, STEPS),
     "Isaac-Reach-Franka": (2e-4, 1.0, STEPS),
