@@ -168,6 +168,9 @@ def lift_cube(cfg: Any) -> None:
     from isaaclab.managers import EventTermCfg, SceneEntityCfg
 
     cfg.curriculum, cfg.commands = None, None
+    contacts = getattr(cfg.sim.physics, "collision_cfg", None)  # Newton's: the stock buffer is for 4096 environments
+    if contacts is not None:
+        contacts.rigid_contact_max = 1000 * cfg.scene.num_envs
     cfg.scene.object.spawn.visual_material = sim_utils.PreviewSurfaceCfg(diffuse_color=(0.8, 0.1, 0.1))
     spread = {"x": (-0.1, 0.1), "y": (-0.2, 0.2), "z": (OBJECT_ON_TABLE - 0.35, OBJECT_ON_TABLE - 0.35), "yaw": (-0.8, 0.8)}
     cfg.events = {
