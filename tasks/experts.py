@@ -91,3 +91,56 @@ def lift_object(env):
     action[:, :7] = (gravity_torque(env) + damping * speed) / stiffness / 0.1
     action[:, 7:] = torch.where(closing, -1.0, 1.0)[:, None]
     return action
+
+
+def open_drawer(env):
+    robot = env.scene["robot"]
+    frame = env.scene["cabinet_frame"].data
+    handle, axes = frame.target_pos_w.torch[:, 0], matrix_from_quat(frame.target_quat_w.torch[:, 0])
+    along, up, into = axes.unbind(-1)
+    c, s = math.cos(math.radians(PITCH)), math.sin(math.radians(PITCH))
+    ahead, across = c * into - s * up, s * into + c * up
+    tip, rotation = hand_pose(env)
+    turn = turn_to(rotation, along, ahead)
+    delta = handle + DEEP * ahead - tip
+    depth, lateral, slide = ((delta * axis).sum(1) for axis in (ahead, across, along))
+    lateral, angle = lateral.abs(), turn.norm(dim=1)
+    away = (lateral**2 + slide**2).sqrt()
+    width = robot.data.joint_pos.torch[:, 7:].sum(1)
+    around = slide.abs() < 0.05
+    ready = (lateral < 0.012) & (depth.abs() < 0.012) & (angle < 0.3)
+    near = (lateral < 0.025) & (depth.abs() < 0.025) & around
+    closing = near & (ready | (width < 0.07))
+    closing = closing & ((width > 0.012) | (angle < 0.1) & (lateral < 0.005) & (depth.abs() < 0.005))
+    held = near & closing & (width < 0.035)
+    back = (3 * (away - 0.015) + 0.3 * (angle - 0.2)).clamp(0, 0.1)  # stay in front of the handle until aligned
+    motion = limited(delta - back[:, None] * ahead, 0.1)
+    motion = torch.where(held[:, None], delta - PULL * into, motion)
+    motion = torch.cat([motion, limited(turn, 0.5)], 1)
+    q = robot.data.joint_pos.torch[:, :7]
+    K, D = robot.data.joint_stiffness.torch[:, :7], robot.data.joint_damping.torch[:, :7]
+    lag = D / K + 1.65
+    low, high = robot.data.soft_joint_pos_limits.torch[:, :7].unbind(-1)
+    hold = q + gravity_torque(env) / K
+    step = joint_step(env, motion) / TAU * lag
+    room = torch.where(step > 0, high - hold, hold - low).clamp(min=0.0)
+    scale = (room / step.abs().clamp(min=1e-6)).amin(1, keepdim=True).clamp(0.3, 1)
+    target = hold + scale * step
+    action = torch.empty(env.num_envs, 8, device=env.device)
+    action[:, :7] = (2 * (target - low) / (high - low) - 1).clamp(-1, 1)
+    action[:, 7] = torch.where(closing, -1.0, 1.0)
+    env._dbg = (depth, lateral, slide, angle, width, closing, held, scale[:, 0])
+    return action
+
+
+TAU, PULL, PITCH, DEEP = 0.4, 0.06, 45, 0.01
+GAIN = 5.0
+
+
+def TRACE(env):
+    r = env.scene["robot"]
+    out = [round(x, 3) for x in r.data.joint_pos.torch[0].tolist()], [round(x, 3) for x in hand_pose(env)[0][0].tolist()]
+    if "cabinet" in env.scene.keys():
+        f = env.scene["cabinet_frame"].data
+        out += [round(x, 3) for x in f.target_pos_w.torch[0, 0].tolist()], [round(float(x[0]), 3) for x in getattr(env, "_dbg", ())]
+    return out
