@@ -115,7 +115,7 @@ def open_drawer(env):
     held = near & closing & (width < 0.035)
     back = (3 * (away - 0.015) + 0.3 * (angle - 0.2)).clamp(0, 0.1)  # stay in front of the handle until aligned
     motion = limited(delta - back[:, None] * ahead, 0.1)
-    motion = torch.where(held[:, None], delta - PULL * into, motion)
+    motion = torch.where(held[:, None], delta - PULL * (1 - delta.norm(dim=1, keepdim=True) / 0.02).clamp(0.1, 1) * into, motion)
     motion = torch.cat([motion, limited(turn, 0.5)], 1)
     q = robot.data.joint_pos.torch[:, :7]
     K, D = robot.data.joint_stiffness.torch[:, :7], robot.data.joint_damping.torch[:, :7]
@@ -133,7 +133,8 @@ def open_drawer(env):
     return action
 
 
-TAU, PULL, PITCH, DEEP = 0.4, 0.06, 45, 0.01
+
+TAU, PULL, PITCH, DEEP = 0.3, 0.15, 50, 0.018
 GAIN = 5.0
 
 
