@@ -145,3 +145,69 @@ def TRACE(env):
         f = env.scene["cabinet_frame"].data
         out += [round(x, 3) for x in f.target_pos_w.torch[0, 0].tolist()], [round(float(x[0]), 3) for x in getattr(env, "_dbg", ())]
     return out
+
+
+EDGE = 0.0468
+
+
+def stack_cubes(env):
+    robot = env.scene["robot"]
+    position = torch.stack([env.scene[f"cube_{i}"].data.root_pos_w.torch for i in (1, 2, 3)], 1)  # (N, 3, 3)
+    quat = torch.stack([env.scene[f"cube_{i}"].data.root_quat_w.torch for i in (1, 2, 3)], 1)
+    tip, rotation = hand_pose(env)
+    width = robot.data.joint_pos.torch[:, 7:].sum(1)
+    red_placed = on_top(position[:, 1], position[:, 0])
+    done = red_placed & on_top(position[:, 2], position[:, 1])
+    goal = torch.where(red_placed[:, None], position[:, 2], position[:, 1])
+    goal_quat = torch.where(red_placed[:, None], quat[:, 2], quat[:, 1])
+    base = torch.where(red_placed[:, None], position[:, 1], position[:, 0])
+    other = torch.where(red_placed[:, None], position[:, 0], position[:, 2])
+    turn = down(rotation, goal_quat)
+    delta = goal - tip
+    lateral = delta[:, :2].norm(dim=1)
+    ready = (lateral < 0.01) & (delta[:, 2].abs() < 0.01) & (turn.norm(dim=1) < 0.2)
+    near = (lateral < 0.02) & (delta[:, 2].abs() < 0.025) & ~done
+    closing = near & (ready | (width < 0.07))
+    calm = robot.data.joint_vel.torch[:, 7:].abs().amax(1) < 0.03  # the fingers no longer bounce off the cube
+    held = near & (width < EDGE + 0.006) & (calm | (delta[:, 2].abs() + goal[:, 2] > 99))
+    # to the cube: above it until over it; away from other cubes first upwards
+    crowd = (position - tip[:, None]).norm(dim=2).amin(1) < 0.04
+    release = (width < 0.07) & crowd & ~closing  # let go before moving
+    height = goal[:, 2] + (3 * (lateral - 0.01)).clamp(0, 0.14)
+    low = tip[:, 2] < height - 0.03
+    reach = torch.cat([torch.where((low & (lateral > 0.03))[:, None], 0.0, delta[:, :2]), (height - tip[:, 2])[:, None]], 1)
+    # with the cube: to its place, by the cube's own position
+    way = base + torch.tensor([0, 0, EDGE + 0.001], device=tip.device) - goal
+    far = way[:, :2].norm(dim=1)
+    lift = way[:, 2] + (3 * (far - 0.004)).clamp(0, 0.07)
+    carry = torch.cat([torch.where((lift > 0.03)[:, None], 0.0, way[:, :2]), lift[:, None]], 1)
+    motion = torch.where(held[:, None], limited(carry, 0.06), reach)
+    motion = torch.where(((closing & ~held) | release)[:, None], 0.0, motion)
+    up = torch.zeros_like(motion)
+    up[:, 2] = 0.25 - tip[:, 2]
+    motion = torch.where((done & ~release)[:, None], up, motion)
+    turn = torch.where((done | closing)[:, None], 0.0, turn)
+    action = torch.empty(env.num_envs, 7, device=env.device)
+    action[:, :3] = GO * limited(motion, 0.1)
+    action[:, 3:6] = GO * limited(turn, 0.5)
+    action[:, 6] = torch.where(closing, -1.0, 1.0)
+    env._dbg = (red_placed, done, delta[:, 2], lateral, turn.norm(dim=1), width, closing, held, release, far, way[:, 2])
+    return action
+
+
+GO = 2.0
+
+
+def on_top(upper, lower):
+    """(N,) whether a cube lies on another."""
+    d = upper - lower
+    return (d[:, :2].norm(dim=1) < 0.025) & ((d[:, 2] - EDGE).abs() < 0.006)
+
+
+def TRACE(env):
+    r = env.scene["robot"]
+    f = lambda x: [round(v, 3) for v in x[0].tolist()]
+    out = [r.data.joint_pos.torch[0, 7:].tolist(), f(hand_pose(env)[0])]
+    if "cube_1" in env.scene.keys():
+        out += [f(env.scene[f"cube_{i}"].data.root_pos_w.torch) for i in (1, 2, 3)]
+    return out, [round(float(x[0]), 3) for x in getattr(env, "_dbg", ())]
