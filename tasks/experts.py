@@ -69,7 +69,7 @@ def turn_to(rotation: Tensor, x: Tensor, z: Tensor) -> Tensor:
     return axis_angle_from_quat(quat_unique(quat_mul(target, quat_conjugate(rotation))))
 
 
-def turn_down(rotation: Tensor, cube: Tensor, away: Tensor | None = None) -> Tensor:
+def turn_down(env: Any, rotation: Tensor, cube: Tensor, away: Tensor | None = None) -> Tensor:
     """Rotation vector (N, 3) to a hand that points down, its fingers along faces of a cube, turned as little as can be.
 
     Args:
@@ -79,13 +79,16 @@ def turn_down(rotation: Tensor, cube: Tensor, away: Tensor | None = None) -> Ten
     """
     axes = matrix_from_quat(cube)
     side = torch.where(axes[:, 2:, 0].abs() > 0.7, axes[:, :, 1], axes[:, :, 0])  # a level edge, whichever face is up
-    yaw = torch.atan2(side[:, 1], side[:, 0])
-    yaw = (yaw + math.pi / 4) % (math.pi / 2) - math.pi / 4  # of the hand's x; 0 is near the middle of the wrist's range
+    base = matrix_from_quat(env.scene["robot"].data.root_quat_w.torch)[:, :, 0]
+    front = torch.atan2(base[:, 1], base[:, 0])  # with the hand's x to there, the wrist is near the middle of its range
+    turn = torch.atan2(side[:, 1], side[:, 0]) - front
+    turn = (turn + math.pi / 4) % (math.pi / 2) - math.pi / 4
+    yaw = front + turn
     if away is not None:
         along_x = (away[:, 0] * yaw.cos() + away[:, 1] * yaw.sin()).abs()
         along_y = (away[:, 1] * yaw.cos() - away[:, 0] * yaw.sin()).abs()
         blocked = (along_x < 0.06) & (along_y < 0.15)
-        yaw = torch.where(blocked, yaw - math.pi / 2 * torch.where(yaw < 0, -1.0, 1.0), yaw)
+        yaw = torch.where(blocked, yaw - math.pi / 2 * torch.where(turn < 0, -1.0, 1.0), yaw)
     x = torch.stack([yaw.cos(), yaw.sin(), torch.zeros_like(yaw)], 1)
     return turn_to(rotation, x, x.new_tensor([0.0, 0.0, -1.0]).expand_as(x))
 
@@ -118,7 +121,7 @@ def stack_cubes(env: Any) -> Tensor:
     done = tower & lies_on(green, red)
     cube, base = where(tower, green, red), where(tower, red, blue)
     turn = turn_down(
-        rotation, where(tower, cubes[2].root_quat_w.torch, cubes[1].root_quat_w.torch),
+        env, rotation, where(tower, cubes[2].root_quat_w.torch, cubes[1].root_quat_w.torch),
         where(tower, red[:, :2] - green[:, :2], 1.0),
     )  # fmt: skip
     delta, angle = cube - tip, turn.norm(dim=1)
@@ -199,7 +202,7 @@ def lift_object(env: Any) -> Tensor:
     robot, cube = env.scene["robot"].data, env.scene["object"].data
     position = cube.root_pos_w.torch
     (tip, rotation), gap = grasp_pose(env), finger_gap(env)
-    turn = turn_down(rotation, cube.root_quat_w.torch)
+    turn = turn_down(env, rotation, cube.root_quat_w.torch)
     delta = position - tip
     aside = delta[:, :2].norm(dim=1)
     near = (aside < 0.02) & (delta[:, 2].abs() < 0.025)
