@@ -6,9 +6,9 @@
     torchrun --nproc_per_node=8 sft_gr00t.py --checkpoint <folder> --fsdp --tune all --precision fp32
 
 How this differs from grpo_gr00t.py (what is not in `DIFFERS` is the same text):
-- Demonstrations in the place of rollouts (`collect`): the task's own expert acts on privileged state; half of the episodes
-  start from a random gripper pose, so that recoveries are seen. Only episodes that succeed are kept, and no frame after
-  success.
+- Demonstrations in the place of rollouts (`collect`): the task's own expert acts on privileged state; so that recoveries are
+  seen, half of the episodes start from a random gripper pose, or half of the steps go astray, as its row says. Only
+  episodes that succeed are kept, and no frame after success.
 - The loss is GR00T's (`imitation_loss`): |v(x_t, t) - (action - noise)|^2 at t = (0.999 - Beta(1.5, 1)) / 0.999, masked to
   real dimensions (arXiv 2503.14734, section 2.1). There is no exploration, no base model and no critic.
 - The whole network is trained, or its head alone (--tune head); from scratch, where no checkpoint is named.
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import math
 import os
 from dataclasses import dataclass
@@ -291,22 +290,28 @@ def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> 
     Returns:
         images, state and prompt as in `ChunkEnv.observe`, action (S, horizon, d): this rank's, on the host.
     """
-    expert, T = getattr(importlib.import_module(env.task.module), env.task.expert), env.task.horizon
-    terms = {name: env.env.event_manager.get_term_cfg(name).params for name in env.task.demo_params}
+    task, T = env.task, env.task.horizon
+    off = torch.cat([torch.full((n,), task.demo_noise.get(key, 0.0), device=args.device) for key, n in task.action.items()])
+    terms = {name: env.env.event_manager.get_term_cfg(name).params for name in task.demo_params}
     usual = {name: dict(params) for name, params in terms.items()}
     for name, params in terms.items():
-        params.update(env.task.demo_params[name])
-    # an expert is done by half time; a chunk of actions must follow every kept observation
-    latest = min(T // 2, T - horizon)
+        params.update(task.demo_params[name])
+    latest = min(task.demo_steps or T, T - horizon)  # a chunk of actions must follow every kept observation
     rng, samples, successes, batches = np.random.default_rng(args.seed), [], 0, math.ceil(args.demos / args.num_envs)
     for b in range(batches):
-        obs, kept, actions = env.reset(episode_seed(args.seed, b, ranks)), [], []
+        seed, kept, actions = episode_seed(args.seed, b, ranks), [], []
+        obs, noise = env.reset(seed), torch.Generator(args.device).manual_seed(seed)
         times = {0, *rng.choice(np.arange(1, latest + 1), min(FRAMES - 1, latest), replace=False).tolist()}
         for t in range(T):
             if t in times:
                 kept.append((t, env.observe() if t else obs, ~env.success))
-            actions.append(expert(env.env))
-            env.step_chunk(actions[-1][:, None], last=True)
+            actions.append(task.expert(env.env))
+            executed = actions[-1]
+            if task.demo_noise:  # half of the steps go astray; recorded is what the expert would have done
+                n, d = executed.shape
+                astray = torch.rand(n, 1, device=args.device, generator=noise) < 0.5
+                executed = executed + off * astray * torch.randn(n, d, device=args.device, generator=noise)
+            env.step_chunk(executed[:, None], last=True)
         actions = torch.stack(actions, 1)  # (N, T, d)
         for t, seen, before in kept:
             samples.append(seen.set("action", actions[:, t : t + horizon])[before & env.success].cpu())  # all of them are large

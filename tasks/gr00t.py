@@ -55,8 +55,10 @@ class Task:
     overrides: tuple[str, ...] = ()  # Isaac Lab's
     prepare: Callable[[Any], None] | None = None  # changes the configuration further
     target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
-    expert: str | None = None  # function of the module that demonstrates the task
+    expert: Callable[[Any], Tensor] | None = None  # actions (N, d) for the env as it is, which demonstrate the task
+    demo_steps: int | None = None  # within which it is done; None: the horizon
     demo_params: dict[str, dict] = field(default_factory=dict)  # of event terms, while it demonstrates
+    demo_noise: dict[str, float] = field(default_factory=dict)  # by key of the action: std of what demonstrations are off by
     embodiment_tag: str | None = None  # of the public checkpoint that the row is for
     data_config: str | None = None  # how that one reads its metadata.json (gr00t_n1d5/embodiment.py)
     bracketed: bool = False  # instructions as "['sentence']", which NVIDIA's unbatched inference does
@@ -83,6 +85,13 @@ class Task:
         sensors = env.scene.sensors
         views = [sensors[name].data.output["rgb"].torch[..., :3] for name in self.cameras.values()]
         return torch.stack(views, 1) if views else torch.empty(env.num_envs, 0, 1, 1, 3, dtype=torch.uint8, device=env.device)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+def later(path: str) -> Callable[[Any], Tensor]:
+    """The function `module:name`, imported when it is called: the rows themselves need neither torch nor Isaac Lab."""
+    module, _, name = path.partition(":")
+    return lambda env: getattr(importlib.import_module(module), name)(env)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -182,6 +191,9 @@ def lift_cube(cfg: Any) -> None:
     from isaaclab.managers import EventTermCfg, SceneEntityCfg
 
     cfg.curriculum, cfg.commands = None, None
+    contacts = getattr(cfg.sim.physics, "collision_cfg", None)  # Newton's: the stock buffer is for 4096 environments
+    if contacts is not None:
+        contacts.rigid_contact_max = 1000 * cfg.scene.num_envs
     cfg.scene.object.spawn.visual_material = sim_utils.PreviewSurfaceCfg(diffuse_color=(0.8, 0.1, 0.1))
     spread = {"x": (-0.1, 0.1), "y": (-0.2, 0.2), "z": (OBJECT_ON_TABLE - 0.35, OBJECT_ON_TABLE - 0.35), "yaw": (-0.8, 0.8)}
     cfg.events = {
@@ -213,6 +225,9 @@ STACK = Task(
     privileged=39,
     privileged_terms=("object",),
     prepare=plain_wrist_camera,
+    expert=later("tasks.experts:stack_cubes"),
+    demo_steps=160,
+    demo_noise={"eef_position_delta": 0.1, "eef_rotation_delta": 0.1},
 )
 TASKS = {
     "Tabletop-Lift-Cube-v0": Task(
@@ -225,7 +240,8 @@ TASKS = {
         instructions=("lift the red cube", "lift the blue cube"),
         target="target",
         privileged=24,
-        expert="expert_action",
+        expert=later("tasks.tabletop:expert_action"),
+        demo_steps=16,
         demo_params={"reset": {"gantry_share": 0.5}},
     ),
     "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor": STACK,
@@ -240,6 +256,7 @@ TASKS = {
         state={"x": 1, "y": 1, "z": 1, "roll": 1, "pitch": 1, "yaw": 1, "gripper": 2},
         terms=(gripper_frame,),
         action={"x": 1, "y": 1, "z": 1, "roll": 1, "pitch": 1, "yaw": 1, "gripper": 1},
+        demo_noise=dict.fromkeys(("x", "y", "z", "roll", "pitch", "yaw"), 0.1),
     ),
     # the setting of Isaac Lab's own example of RL for GR00T, with the checkpoint nvidia/Assemble_Trocar; needs Isaac Sim
     "IsaacContrib-Assemble-Trocar-G129-Dex3": Task(
@@ -272,6 +289,9 @@ TASKS = {
         instructions=("Open the top drawer.",),
         privileged=23,
         privileged_terms=("joint_pos", "joint_vel", "cabinet_joint_pos", "cabinet_joint_vel", "rel_ee_drawer_distance"),
+        expert=later("tasks.experts:open_drawer"),
+        demo_steps=400,
+        demo_noise={"joint_target": 0.3},
     ),
     "Isaac-Lift-Franka": Task(
         cameras={"front_cam": "front_cam"},
@@ -286,6 +306,9 @@ TASKS = {
         privileged_terms=("joint_pos", "joint_vel", object_position),
         overrides=("env.scene.object.spawn=cube",),
         prepare=lift_cube,
+        expert=later("tasks.experts:lift_object"),
+        demo_steps=60,
+        demo_noise={"joint_delta": 0.3},
     ),
     # no camera: it tries the whole path of a large body without rendering. GR00T has not seen such states or actions
     "Isaac-Humanoid": Task(

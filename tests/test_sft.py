@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -316,3 +317,39 @@ def test_the_average_of_the_weights(checkpoint):
     torch.testing.assert_close(found.action_head.vlln.weight, averages[-1])
     assert not torch.allclose(found.action_head.vlln.weight, seen[-1], atol=1e-5)
     assert found.backbone is policy.net.backbone and list(saved) == ["last"]  # what is frozen is not copied
+
+
+def test_demonstrations_that_go_astray():
+    """What is recorded is the expert's own action; what is executed differs in the columns with noise, in half of the steps."""
+
+    class Env:
+        num_envs, success = 64, torch.ones(64, dtype=torch.bool)
+
+        def __init__(self, noise):
+            expert = lambda env: torch.full((64, 4), 0.25)  # noqa: E731
+            self.task = replace(TASKS["Tabletop-Lift-Cube-v0"], expert=expert, demo_params={}, demo_noise=noise)
+            self.env, self.executed = None, []
+
+        def reset(self, seed):
+            self.success = torch.zeros(64, dtype=torch.bool)
+            return self.observe()
+
+        def observe(self):
+            return TensorDict({"state": torch.zeros(64, 5)}, 64)
+
+        def step_chunk(self, actions, last):
+            self.executed.append(actions[:, 0])
+            self.success = torch.full((64,), len(self.executed) % 32 == 0)
+
+    run, args = SimpleNamespace(event=lambda text: None), Args(device="cpu", num_envs=64, demos=128)
+    for noise in ({}, {"gripper_delta": 0.2}):
+        executed = []
+        for _ in range(2):
+            env = Env(noise)
+            demos = sft_gr00t.collect(args, env, 8, run, Ranks(0, 1))
+            executed.append(torch.stack(env.executed) - 0.25)
+            assert len(demos) == 2 * 64 * sft_gr00t.FRAMES and (demos["action"] == 0.25).all()
+        assert torch.equal(*executed) and not executed[0][..., 3].any()  # by the seed; the gripper never
+        astray = executed[0][..., :3].any(-1)
+        assert abs(astray.float().mean() - (0.5 if noise else 0.0)) < 0.05
+        assert not noise or abs(executed[0][..., :3][astray].std() - 0.2) < 0.01
