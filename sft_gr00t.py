@@ -25,8 +25,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,10 +39,10 @@ import tyro
 from common import Metrics, Noise, Ranks, Run, check_not_negative, check_positive, pick_device, run_name, wilson_interval
 from gr00t_n1d5.embodiment import check_checkpoint, check_network, refuse_checkpoint
 from gr00t_n1d5.files import is_full_size
-from tasks.gr00t import TASKS, Prompts, copy_leaders, find_task, make_task, refresh_observations, task_config
+from tasks.gr00t import TASKS, Prompts, copy_leaders, find_task, make_task, own_observation, refresh_observations, task_config
 
 PARENT = "grpo_gr00t.py"
-DIFFERS = {"Args", "parse", "check", "Gr00tActor", "learning_rate", "train", "main"}
+DIFFERS = {"Args", "parse", "check", "make_env", "Gr00tActor", "learning_rate", "train", "main"}
 
 
 # ======== Args ========================================================================================================
@@ -62,7 +65,10 @@ class Args:
     exp_name: str | None = None  # the run's folder is runs/<exp-name>; made from script, task, seed and time by default
 
     # algorithm
+    expert: str | None = None  # runs/<name> of ppo_isaac.py, whose policy demonstrates; None: the task's scripted expert
     demos: int = 5120  # expert episodes (rounded up to whole batches of environments)
+    frames: int = 8  # observations kept of each: the first one and some at random
+    action_horizon: int = 8  # of a new network, where no checkpoint is named
     steps: int = 1000  # optimizer steps
     batch_size: int = 128  # samples per step over all ranks
     learning_rate: float = 1e-3  # AdamW's; 100 steps of warm-up, then a cosine to 2%
@@ -83,7 +89,6 @@ FULL = Args(
     num_envs=64, demos=1024, steps=10_000, batch_size=64, learning_rate=1e-4, tune="head", augment=True, precision="bf16",
     max_memory_gb=72.0,
 )  # fmt: skip
-FRAMES = 8  # observations kept of a demonstration: the first one and some at random
 WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1.0
 EMA = 0.99  # decay of the weights' moving average
 
@@ -98,15 +103,19 @@ def parse() -> Args:
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
     args.task = find_task(args.task)
-    if not TASKS[args.task].expert and not args.evaluate:
+    if args.expert:
+        find_teacher(args.expert, args.task)
+    elif not TASKS[args.task].expert and not args.evaluate:
         able = ", ".join(name for name, task in TASKS.items() if task.expert)
-        raise SystemExit(f"--task {args.task}: has no expert to learn from; {able} has")
+        raise SystemExit(
+            f"--task {args.task}: has no scripted expert; name a run of ppo_isaac.py with --expert ({able} have one)"
+        )
     if args.evaluate and not args.checkpoint:
         raise SystemExit("--evaluate: name what to evaluate with --checkpoint")
     check_positive(
         num_envs=args.num_envs, demos=args.demos, steps=args.steps, batch_size=args.batch_size,
         learning_rate=args.learning_rate, denoise_steps=args.denoise_steps, micro_batch_size=args.micro_batch_size,
-        max_memory_gb=args.max_memory_gb,
+        max_memory_gb=args.max_memory_gb, frames=args.frames, action_horizon=args.action_horizon,
     )  # fmt: skip
     check_not_negative(seed=args.seed, eval_seed=args.eval_seed, eval_every=args.eval_every, eval_episodes=args.eval_episodes)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -127,6 +136,22 @@ def check(args: Args) -> Args:
         check_network(args.checkpoint, TASKS[args.task].sizes)
     args.exp_name = run_name(args.exp_name, "eval" if args.evaluate else Path(__file__).stem, args.task, args.seed)
     return args
+
+
+def find_teacher(run: str, task: str) -> tuple[Path, dict]:
+    """The best checkpoint of a run of ppo_isaac.py, or a checkpoint itself, and its policy.json; refuses what does not fit."""
+    folders = [folder for folder in (Path(run) / "checkpoints" / "best", Path(run)) if (folder / "policy.json").is_file()]
+    try:
+        about = json.loads((folders[0] / "policy.json").read_text())
+        row, actions, recurrent = find_task(about["task"], say=False), about["spaces"]["continuous"], about["recurrent"]
+    except (IndexError, OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--expert {run}: no policy of ppo_isaac.py there ({error!r})") from error
+    if row != task or actions != TASKS[task].sizes["action"]:
+        found = f"{about['task']} with {actions} actions"
+        raise SystemExit(f"--expert {run}: a policy for {found}, not for {task} with {TASKS[task].sizes['action']}")
+    if recurrent:
+        raise SystemExit(f"--expert {run}: has an LSTM, and experts have no memory here; train one without --recurrent")
+    return folders[0], about
 
 
 ARGS = parse() if __name__ == "__main__" else None  # heavy imports come after, so --help and refusals are instant
@@ -195,7 +220,9 @@ class ChunkEnv:
 @contextlib.contextmanager
 def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
     """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
-    cfg = task_config(args.task, args.device, args.num_envs // ranks.world, image_size, args.physics, args.renderer)
+    own_groups = tuple(find_teacher(args.expert, args.task)[1]["obs_groups"]) if args.expert else ()
+    num_envs = args.num_envs // ranks.world
+    cfg = task_config(args.task, args.device, num_envs, image_size, args.physics, args.renderer, own_groups=own_groups)
     log = run_dir / f"simulator{ranks.rank or ''}.log"
     with start_simulator(cfg, args.device, cameras=bool(TASKS[args.task].cameras), log=log) as ready:
         env = ChunkEnv(args, cfg)
@@ -248,9 +275,11 @@ def initial(args: Args) -> tuple[Gr00tN1d5, Gr00tProcessor]:
     blank = (torch.zeros(1, task.sizes[kind]) for kind in ("state", "action"))
     if not args.checkpoint:
         torch.manual_seed(args.seed)
-        net = Gr00tN1d5(Gr00tConfig.tiny()).eval()
-        words = {word for text in task.texts(args.instruction) for word in text.split()}
-        return net, make_processor(args, net.config, tiny_tokenizer(sorted(words), net.config), *blank)
+        words = sorted({word for text in task.texts(args.instruction) for word in text.split()})
+        sizes = {"action_dim": max(4, task.sizes["action"]), "state_dim": max(8, task.sizes["state"])}
+        sizes |= {"vocab_size": max(32, len(words) + 16), "max_text_tokens": max(16, len(words) + 8)}
+        net = Gr00tN1d5(Gr00tConfig.tiny(**sizes, action_horizon=args.action_horizon)).eval()
+        return net, make_processor(args, net.config, tiny_tokenizer(words, net.config), *blank)
     with refuse_checkpoint(args.checkpoint):
         processor = make_processor(args, check_network(args.checkpoint), load_tokenizer(args.checkpoint), *blank)
         return Gr00tN1d5.from_pretrained(args.checkpoint, torch.float32 if args.precision == "fp32" else None), processor
@@ -284,28 +313,51 @@ def episode_seed(seed: int, iteration: int, ranks: Ranks) -> int:
     return int(np.random.SeedSequence((seed, iteration, ranks.rank)).generate_state(1)[0] >> 1)
 
 
+def teacher(args: Args) -> Callable:
+    """The policy of a run of ppo_isaac.py as an expert: the most likely actions (N, d) for the task's own observations."""
+    import ppo_isaac
+
+    folder, about = find_teacher(args.expert, args.task)
+    own = dataclasses.replace(ppo_isaac.task_args(checkpoint=str(folder)), device=args.device)
+    spaces = {name: tuple(x) if isinstance(x, list) else x for name, x in about["spaces"].items()}
+    policy = ppo_isaac.ActorCritic(ppo_isaac.Spaces(**spaces), own).to(args.device)
+    policy.load(folder)
+
+    def act(env) -> Tensor:
+        obs = own_observation(env, own.obs_groups)
+        obs = obs[:, [i for i in range(obs.shape[1]) if i not in own.hide_obs]]
+        if obs.shape[1:] != policy.spaces.obs:
+            raise SystemExit(f"--expert {args.expert}: observes {policy.spaces.obs[0]} columns, {args.task} has {obs.shape[1]}")
+        return policy.act(obs, None)[0]
+
+    return act
+
+
 def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> TensorDict:
-    """Runs the task's expert; some observations of each successful episode, with the `horizon` actions that followed.
+    """Runs the task's expert, or a teacher; some observations of each success, with the `horizon` actions that followed.
 
     Returns:
         images, state and prompt as in `ChunkEnv.observe`, action (S, horizon, d): this rank's, on the host.
     """
-    task, T = env.task, env.task.horizon
+    task, expert = env.task, teacher(args) if args.expert else env.task.expert
+    done = min(task.demo_steps or task.horizon, task.horizon)
+    T = min(2 * done, task.horizon)
     off = torch.cat([torch.full((n,), task.demo_noise.get(key, 0.0), device=args.device) for key, n in task.action.items()])
     terms = {name: env.env.event_manager.get_term_cfg(name).params for name in task.demo_params}
     usual = {name: dict(params) for name, params in terms.items()}
     for name, params in terms.items():
         params.update(task.demo_params[name])
-    latest = min(task.demo_steps or T, T - horizon)  # a chunk of actions must follow every kept observation
+    latest = min(done, T - horizon)  # a chunk of actions must follow every kept observation
     rng, samples, successes, batches = np.random.default_rng(args.seed), [], 0, math.ceil(args.demos / args.num_envs)
     for b in range(batches):
         seed, kept, actions = episode_seed(args.seed, b, ranks), [], []
         obs, noise = env.reset(seed), torch.Generator(args.device).manual_seed(seed)
-        times = {0, *rng.choice(np.arange(1, latest + 1), min(FRAMES - 1, latest), replace=False).tolist()}
+        times = {0, *rng.choice(np.arange(1, latest + 1), min(args.frames - 1, latest), replace=False).tolist()}
         for t in range(T):
             if t in times:
                 kept.append((t, env.observe() if t else obs, ~env.success))
-            actions.append(task.expert(env.env))
+            action = expert(env.env)
+            actions.append(action.clamp(-task.action_limit, task.action_limit) if task.action_limit else action)
             executed = actions[-1]
             if task.demo_noise:  # half of the steps go astray; recorded is what the expert would have done
                 n, d = executed.shape

@@ -56,7 +56,8 @@ class Task:
     prepare: Callable[[Any], None] | None = None  # changes the configuration further
     target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
     expert: Callable[[Any], Tensor] | None = None  # actions (N, d) for the env as it is, which demonstrate the task
-    demo_steps: int | None = None  # within which it is done; None: the horizon
+    demo_steps: int | None = None  # within which it is mostly done; None: the horizon
+    action_limit: float | None = None  # beyond which the task clips all actions; demonstrations have none
     demo_params: dict[str, dict] = field(default_factory=dict)  # of event terms, while it demonstrates
     demo_noise: dict[str, float] = field(default_factory=dict)  # by key of the action: std of what demonstrations are off by
     embodiment_tag: str | None = None  # of the public checkpoint that the row is for
@@ -334,6 +335,7 @@ TASKS = {
         horizon=480,
         success=walked,
         instructions=("Walk forward.",),
+        action_limit=1.0,
         privileged=87,
         privileged_terms=(own_policy,),
     ),
@@ -346,7 +348,7 @@ SEEN = dict.fromkeys(
 KIT_EVENTS = ("randomize_scene_lighting_domelight", "randomize_visual_texture_material", "randomize_visual_color")
 
 
-def find_task(name: str, runs: bool = True) -> str:
+def find_task(name: str, runs: bool = True, say: bool = True) -> str:
     """The row of TASKS that a name means, an older Isaac Lab's among them; says which, if it is called otherwise.
 
     Refuses a name without a row, and lists the nearest that have one; also what cannot run here.
@@ -358,14 +360,15 @@ def find_task(name: str, runs: bool = True) -> str:
         raise SystemExit(f"--task {name}: no row for it in TASKS; nearest: {', '.join(near)}")
     if runs and TASKS[row].isaacsim and not importlib.util.find_spec("isaacsim"):
         raise SystemExit(f"--task {name}: runs on PhysX, which comes with Isaac Sim; install that, or choose another task")
-    if row != name and os.environ.get("RANK", "0") == "0":
+    if row != name and say and os.environ.get("RANK", "0") == "0":
         print(f"--task {name}: {row}")
     return row
 
 
 def task_config(
-    name: str, device: str, num_envs: int, image_size: int, physics: str | None, renderer: str | None, dense: bool = False
-) -> Any:
+    name: str, device: str, num_envs: int, image_size: int, physics: str | None, renderer: str | None, dense: bool = False,
+    own_groups: tuple[str, ...] = (),
+) -> Any:  # fmt: skip
     """Isaac Lab's configuration of a row of TASKS, ready for a policy that looks when it wants to.
 
     Images leave the observation manager: they are rendered when the policy reads a camera. The observation groups
@@ -376,6 +379,7 @@ def task_config(
         image_size: height and width of the cameras [px], unless the row has its own.
         physics, renderer: Isaac Lab's presets, or mujoco_c; None: the task's own, or Newton's where Isaac Sim is not installed.
         dense: keep the task's own rewards; a script that watches success alone has no use for them.
+        own_groups: the task's own observation groups that `own_observation` is to find.
     """
     import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own tasks)
     from isaaclab_tasks.utils.presets import MultiBackendRendererCfg
@@ -407,7 +411,7 @@ def task_config(
         if switched_off:
             log.info(f"{name}: switched off {', '.join(switched_off)}, see tasks/gr00t.py")
         if not direct:
-            choose_observations(cfg, task, name)
+            choose_observations(cfg, task, name, own_groups)
     if direct:
         pass  # its rewards are a function, whoever reads them
     elif not dense:
@@ -447,14 +451,18 @@ def switch_off(cfg: Any) -> list[str]:
     return names
 
 
-def choose_observations(cfg: Any, task: Task, name: str) -> None:
-    """Makes the observation groups `policy` and `critic` of the row's terms, one tensor each."""
+def choose_observations(cfg: Any, task: Task, name: str, own_groups: tuple[str, ...]) -> None:
+    """Makes the observation groups `policy` and `critic` of the row's terms, one tensor each; keeps some as own_<name>."""
     from isaaclab.managers import ObservationGroupCfg, ObservationTermCfg
 
     groups = [group for group in vars(cfg.observations).values() if isinstance(group, ObservationGroupCfg)]
     found = {key: term for group in reversed(groups) for key, term in vars(group).items() if hasattr(term, "func")}
     found = {key: term for key, term in found.items() if "image" not in getattr(term.func, "__name__", str(term.func))}
     chosen = {}
+    for group in own_groups:
+        if not isinstance(kept := getattr(cfg.observations, group, None), ObservationGroupCfg):
+            raise SystemExit(f"--expert: observes the group {group}, which {name} does not have")
+        chosen[f"own_{group}"], kept.enable_corruption = kept, False
     for group, terms in (("policy", task.terms), ("critic", task.privileged_terms)):
         if not terms:
             continue
@@ -546,6 +554,14 @@ def adapt_direct(env: Any, task: Task) -> None:
     env._get_dones, env._get_rewards, env._get_observations, env._get_states = get_dones, get_rewards, get_observations, dict
     env.over = none.clone()
     env.reset()
+
+
+def own_observation(env: Any, groups: tuple[str, ...]) -> Tensor:
+    """(N, d) of the task's own observation groups, joined as `VecEnv.read` does for a state policy."""
+    from tasks.stock import flatten
+
+    found = {f"own_{name}": x for name, x in env.own_obs.items()} if hasattr(env, "own_obs") else env.obs_buf
+    return flatten([found[f"own_{name}"] for name in groups])
 
 
 class Prompts:

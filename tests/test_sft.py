@@ -348,7 +348,7 @@ def test_demonstrations_that_go_astray():
             env = Env(noise)
             demos = sft_gr00t.collect(args, env, 8, run, Ranks(0, 1))
             executed.append(torch.stack(env.executed) - 0.25)
-            assert len(demos) == 2 * 64 * sft_gr00t.FRAMES and (demos["action"] == 0.25).all()
+            assert len(demos) == 2 * 64 * args.frames and (demos["action"] == 0.25).all()
         assert torch.equal(*executed) and not executed[0][..., 3].any()  # by the seed; the gripper never
         astray = executed[0][..., :3].any(-1)
         assert abs(astray.float().mean() - (0.5 if noise else 0.0)) < 0.05
