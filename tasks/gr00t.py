@@ -186,12 +186,13 @@ def plain_wrist_camera(cfg: Any) -> None:
 
 
 def lift_cube(cfg: Any) -> None:
-    """Full gravity, and a cube somewhere on the table: not the curriculum of Isaac Lab's recipe, nor its bank of states."""
+    """Full gravity, and a cube somewhere on the table: not the curriculum of Isaac Lab's recipe, its bank of states, or its goal."""
     import isaaclab.envs.mdp as mdp
     import isaaclab.sim as sim_utils
     from isaaclab.managers import EventTermCfg, SceneEntityCfg
 
-    cfg.curriculum, cfg.commands = None, None
+    cfg.curriculum, cfg.commands, cfg.rewards = None, None, {}
+    cfg.scene.panda_leftfinger_object_s = cfg.scene.panda_rightfinger_object_s = None  # contacts, which its rewards read
     contacts = getattr(cfg.sim.physics, "collision_cfg", None)  # Newton's: the stock buffer is for 4096 environments
     if contacts is not None:
         contacts.rigid_contact_max = 1000 * cfg.scene.num_envs
