@@ -186,7 +186,7 @@ def plain_wrist_camera(cfg: Any) -> None:
 
 
 def lift_cube(cfg: Any) -> None:
-    """Full gravity, and a cube somewhere on the table: not the curriculum of Isaac Lab's recipe, its bank of states, or its goal."""
+    """Full gravity, and a cube somewhere on the table: no curriculum, bank of states or goal of Isaac Lab's recipe."""
     import isaaclab.envs.mdp as mdp
     import isaaclab.sim as sim_utils
     from isaaclab.managers import EventTermCfg, SceneEntityCfg
