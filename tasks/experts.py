@@ -127,8 +127,8 @@ def stack_cubes(env: Any) -> Tensor:
     delta, angle = cube - tip, turn.norm(dim=1)
     aside = delta[:, :2].norm(dim=1)
     near = (aside < 0.02) & (delta[:, 2].abs() < 0.025) & ~done
-    closing = near & ((aside < 0.01) & (delta[:, 2].abs() < 0.01) & (angle < 0.2) | (gap < OPEN))
-    still = robot.joint_vel.torch[:, 7:].abs().amax(1) < 0.03  # the fingers have stopped bouncing off the cube
+    closing = near & ((aside < 0.012) & (delta[:, 2].abs() < 0.012) & (angle < 0.25) | (gap < OPEN))
+    still = robot.joint_vel.torch[:, 7:].abs().amax(1) < 0.05  # the fingers have stopped bouncing off the cube
     held = closing & (gap < BLOCK + 0.006) & still
 
     # to the cube: above it until over it; whatever is low goes up first
@@ -138,7 +138,7 @@ def stack_cubes(env: Any) -> Tensor:
     # with the cube: to its place, by the cube's own position
     way = base - cube + base.new_tensor([0.0, 0.0, BLOCK + 0.001])
     far = way[:, :2].norm(dim=1)
-    rise = way[:, 2] + (3 * (far - 0.004)).clamp(0, 0.07)
+    rise = way[:, 2] + (3 * (far - 0.008)).clamp(0, 0.07)
     carry = torch.cat([where(rise > 0.03, 0.0, way[:, :2]), rise[:, None]], 1)
     up = torch.cat([torch.zeros_like(delta[:, :2]), (0.25 - tip[:, 2])[:, None]], 1)
     near_any = torch.stack([(c - tip).norm(dim=1) for c in (blue, red, green)]).amin(0) < 0.04

@@ -229,7 +229,7 @@ STACK = Task(
     prepare=plain_wrist_camera,
     expert=later("tasks.experts:stack_cubes"),
     demo_steps=160,
-    demo_noise={"eef_position_delta": 0.1, "eef_rotation_delta": 0.1},
+    demo_noise={"eef_position_delta": 0.05, "eef_rotation_delta": 0.05},
 )
 TASKS = {
     "Tabletop-Lift-Cube-v0": Task(
@@ -258,7 +258,7 @@ TASKS = {
         state={"x": 1, "y": 1, "z": 1, "roll": 1, "pitch": 1, "yaw": 1, "gripper": 2},
         terms=(gripper_frame,),
         action={"x": 1, "y": 1, "z": 1, "roll": 1, "pitch": 1, "yaw": 1, "gripper": 1},
-        demo_noise=dict.fromkeys(("x", "y", "z", "roll", "pitch", "yaw"), 0.1),
+        demo_noise=dict.fromkeys(("x", "y", "z", "roll", "pitch", "yaw"), 0.05),
     ),
     # the setting of Isaac Lab's own example of RL for GR00T, with the checkpoint nvidia/Assemble_Trocar; needs Isaac Sim
     "IsaacContrib-Assemble-Trocar-G129-Dex3": Task(
