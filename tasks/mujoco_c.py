@@ -55,6 +55,8 @@ class MujocoCSolver(SolverMuJoCo):
             threads: worlds stepped at once.
         """
         model, data = self.mj_model, self.mjw_data
+        if (model.dof_armature > 1e6).any():  # how Newton holds kinematic bodies: by islands, such a table throws cubes
+            model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ISLAND
         self.models, self.rows, self.dt = [copy.copy(model)], None, None
         self.data, self.rollout = [mujoco.MjData(model) for _ in range(threads)], Rollout(nthread=threads)
         self.qpos, self.qvel = data.qpos.numpy(), data.qvel.numpy()  # (N, nq), (N, nv)

@@ -105,6 +105,7 @@ def step_in_c(cfg: Any, required: bool) -> None:
     solver = getattr(cfg.sim.physics, "solver_cfg", None)
     if isinstance(solver, MJWarpSolverCfg) and not solver.use_mujoco_cpu:
         cfg.sim.physics.class_type = solver.class_type = ResolvableString(C_MANAGERS[required])
+        solver.ls_iterations = max(50, solver.ls_iterations)  # MuJoCo's own; fewer do not hold a cube that starts cold
     elif required:
         raise SystemExit(f"--physics mujoco_c: {type(solver).__name__} is not MuJoCo's; leave out --physics or the override")
 
