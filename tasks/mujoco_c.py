@@ -55,8 +55,6 @@ class MujocoCSolver(SolverMuJoCo):
             threads: worlds stepped at once.
         """
         model, data = self.mj_model, self.mjw_data
-        if (model.dof_armature > 1e6).any():  # how Newton holds kinematic bodies: by islands, such a table throws cubes
-            model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ISLAND
         self.models, self.rows, self.dt = [copy.copy(model)], None, None
         self.data, self.rollout = [mujoco.MjData(model) for _ in range(threads)], Rollout(nthread=threads)
         self.qpos, self.qvel = data.qpos.numpy(), data.qvel.numpy()  # (N, nq), (N, nv)
@@ -110,6 +108,8 @@ class MujocoCSolver(SolverMuJoCo):
         for (name, where), value in zip(self.fields, values):
             getattr(model, name)[where] = value
         model.opt.gravity[:] = values[-1]
+        if (model.dof_armature > 1e6).any():  # how Newton holds kinematic bodies: by islands, such a table throws cubes
+            model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_ISLAND
         model.site_pos[self.wrench_sites] = model.body_ipos[model.site_bodyid[self.wrench_sites]]
         model.site_sameframe[self.wrench_sites] = mujoco.mjtSameFrame.mjSAMEFRAME_NONE
 

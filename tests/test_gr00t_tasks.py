@@ -138,7 +138,8 @@ def ends(env, name: str) -> list[list[bool]]:
         env.step_chunk(hold, last=True)
         found.append([env.success.all().item(), env.failure.any().item()])
     elif "Lift" in name:
-        env.step_chunk(hold, last=True)
+        for _ in range(24):  # the cube stays where it is
+            env.step_chunk(hold, last=True)
         found.append([env.success.any().item(), env.failure.any().item()])
         put(env, "object", (-0.5, 0.3, 0.45))
         env.step_chunk(hold, last=True)
