@@ -73,7 +73,8 @@ def steps(device: str) -> list[Step]:
     ]
     sizes, few, shape = ((64, 512, 4096), 20, "256 1 64 1024 4096") if gpu else ((8, 32), 4, "8 1 32")
     rates = [(n, "64") for n in sizes[:-1]] + [(many, "64 128 224" if gpu else "64 128")]
-    peers = f"benchmarks/ppo_vs_peers.py --task Isaac-Humanoid-Direct --libs ppo_isaac rsl_rl --num-envs {many}"
+    body = "Isaac-Humanoid-Direct" if gpu else "Isaac-Cartpole-Direct"
+    peers = f"benchmarks/ppo_vs_peers.py --task {body} --libs ppo_isaac rsl_rl --num-envs {many}"
     others = ("ppo_gr00t_frozen", "ppo_gr00t_lora")
     checks = ("ratio", "sync", "again", "compiled", "ppo_isaac")
     return [

@@ -211,10 +211,10 @@ def importable(lib: str) -> bool:
 
 def env_cfg(args: Args):
     """The task's environment settings; the same for every library."""
-    import isaaclab_tasks  # noqa: F401, registers the tasks
-    from isaaclab_tasks.utils import parse_env_cfg
+    from tasks.stock import task_config
 
-    cfg = parse_env_cfg(args.task, device=args.device, num_envs=args.num_envs)
+    cfg = task_config(args.task, args.device, args.num_envs, None, (), {})
+    cfg.compute_final_obs = False  # which ppo_isaac asks for itself
     cfg.seed = args.seed
     return cfg
 
