@@ -146,6 +146,8 @@ def find_teacher(run: str, task: str) -> tuple[Path, dict]:
         row, actions, recurrent = find_task(about["task"], say=False), about["spaces"]["continuous"], about["recurrent"]
     except (IndexError, OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"--expert {run}: no policy of ppo_isaac.py there ({error!r})") from error
+    except SystemExit as error:
+        raise SystemExit(f"--expert {run}: {error}") from error
     if row != task or actions != TASKS[task].sizes["action"]:
         found = f"{about['task']} with {actions} actions"
         raise SystemExit(f"--expert {run}: a policy for {found}, not for {task} with {TASKS[task].sizes['action']}")
@@ -420,6 +422,8 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
     demos = collect(args, env, policy.chunk, run, ranks)
     every = ranks.gather((demos["state"], demos["action"].flatten(0, 1)))
     state, action = (torch.cat(x) for x in zip(*every))  # the statistics are those of all ranks
+    if not len(demos):
+        raise SystemExit(f"--demos {args.demos}: no demonstration of this process succeeded; give more, or a better --expert")
     tokenizer, size = policy.processor.tokenizer, demos["images"].shape[2]
     policy.processor = make_processor(args, policy.net.config, tokenizer, state, action, size).to(args.device)
     shared = {} if policy.trains_backbone else {id(policy.net.backbone): policy.net.backbone}  # nothing to average there

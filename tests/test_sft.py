@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+import ppo_isaac
 import sft_gr00t
 from common import Noise, Ranks, Run
 from gr00t_n1d5.network import Gr00tConfig, Gr00tN1d5
@@ -59,6 +60,50 @@ def gradients(checkpoint, augment: bool = False, **flags) -> tuple[float, dict[s
 
 def flat(found: dict[str, Tensor]) -> Tensor:
     return torch.cat([x.flatten() for x in found.values()])
+
+
+HUMANOID = "Isaac-Humanoid-Direct"
+
+
+def write_teacher(folder: Path, task: str = HUMANOID, **flags) -> ppo_isaac.ActorCritic:
+    """A state policy as a run of ppo_isaac.py leaves it."""
+    torch.manual_seed(0)
+    args = ppo_isaac.Args(task=task, device="cpu", hidden=(16,), normalize_obs=True, **flags)
+    policy = ppo_isaac.ActorCritic(ppo_isaac.Spaces((87 - len(args.hide_obs),), (), 21, ()), args)
+    (folder / "checkpoints" / "best").mkdir(parents=True)
+    policy.save(folder / "checkpoints" / "best")
+    return policy
+
+
+@pytest.mark.parametrize("hidden", [(), (0, 86)])
+def test_a_teacher_acts_on_the_tasks_own_observation(hidden, tmp_path):
+    policy, own = write_teacher(tmp_path, hide_obs=hidden), torch.randn(5, 87)
+    for expert in (tmp_path, tmp_path / "checkpoints" / "best"):
+        act = sft_gr00t.teacher(Args(task=HUMANOID, expert=str(expert), device="cpu"))
+        seen = own[:, 1:86] if hidden else own
+        assert torch.equal(act(SimpleNamespace(own_obs={"policy": own})), policy.act(seen, None)[0])
+        assert torch.equal(act(SimpleNamespace(obs_buf={"own_policy": own})), policy.act(seen, None)[0])
+    with pytest.raises(SystemExit, match="^--expert .*: observes 8[57] columns, Isaac-Humanoid-Direct has 8[45]$"):
+        act(SimpleNamespace(own_obs={"policy": own[:, :85]}))
+
+
+def test_teachers_that_do_not_fit_are_refused(tmp_path):
+    def refusal(task: str, run: Path) -> str:
+        with pytest.raises(SystemExit) as error:
+            sft_gr00t.check(Args(task=task, expert=str(run)))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert refusal(HUMANOID, tmp_path).startswith(f"--expert {tmp_path}: no policy of ppo_isaac.py there")
+    write_teacher(tmp_path / "ant", "Isaac-Ant-Direct")
+    assert refusal(HUMANOID, tmp_path / "ant").startswith(f"--expert {tmp_path}/ant: --task Isaac-Ant-Direct: no row")
+    write_teacher(tmp_path / "other")
+    assert "a policy for Isaac-Humanoid-Direct with 21 actions, not for Isaac-Lift-Franka with 9" in refusal(
+        "Isaac-Lift-Franka", tmp_path / "other"
+    )
+    write_teacher(tmp_path / "lstm", recurrent=True)
+    assert "has an LSTM" in refusal(HUMANOID, tmp_path / "lstm")
+    assert "has no scripted expert" in str(pytest.raises(SystemExit, sft_gr00t.check, Args(task=HUMANOID)).value)
 
 
 @pytest.mark.parametrize("tune", ["all", "head"])
