@@ -293,7 +293,7 @@ TASKS = {
         privileged=23,
         privileged_terms=("joint_pos", "joint_vel", "cabinet_joint_pos", "cabinet_joint_vel", "rel_ee_drawer_distance"),
         expert=later("tasks.experts:open_drawer"),
-        demo_steps=400,
+        demo_steps=350,
         demo_noise={"joint_target": 0.3},
     ),
     "Isaac-Lift-Franka": Task(
