@@ -183,15 +183,15 @@ def sample_buffer(chunk: TensorDict, length: int) -> TensorDict:
 
 
 def take(samples: TensorDict, rows: Tensor, device: str) -> TensorDict:
-    """Samples (B,) with these indices (B,), on the training device; indices and fields may lie on the host."""
-    found, cuda, on_host = {}, torch.device(device).type == "cuda", rows.device.type == "cpu"
-    there = (rows.pin_memory() if cuda and on_host else rows).to(device, non_blocking=True)
+    """Samples (B,) with these indices (B,), which lie on the host, on the training device; fields may lie on the host."""
+    found, cuda = {}, torch.device(device).type == "cuda"
+    there = (rows.pin_memory() if cuda else rows).to(device, non_blocking=True)
     for name, x in samples.items():
         if x.device == there.device:
             found[name] = x[there]
         else:  # gathered in pinned memory, whose copy is queued: the host would wait for any other
             part = torch.empty(len(rows), *x.shape[1:], dtype=x.dtype, pin_memory=cuda)
-            found[name] = torch.index_select(x, 0, rows.cpu(), out=part).to(device, non_blocking=True)
+            found[name] = torch.index_select(x, 0, rows, out=part).to(device, non_blocking=True)
     return TensorDict(found, len(rows))
 
 

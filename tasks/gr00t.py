@@ -623,7 +623,11 @@ def refresh_observations(env: Any) -> None:
             frames.update(NewtonManager.get_state_0())
     for sensor in env.scene.sensors.values():
         sensor.update(0.0)
-    env.obs_buf = env.observation_manager.compute() if hasattr(env, "observation_manager") else env._compute_observations()
+    if hasattr(env, "observation_manager"):
+        env.obs_buf = env.observation_manager.compute()
+    else:
+        env._get_dones()  # where direct tasks prepare what they observe
+        env.obs_buf = env._compute_observations()
 
 
 def check_columns(env: Any, name: str) -> None:

@@ -106,7 +106,7 @@ REFUSALS = {
     "sft_gr00t.py": [
         ("--demos 0", "greater than 0"),
         ("--evaluate", "--checkpoint"),
-        ("--task Isaac-Humanoid", "Tabletop-Lift-Cube-v0 has"),
+        ("--task Isaac-Humanoid", "has no scripted expert"),
         ("--checkpoint ./nowhere", "nowhere: no such folder"),
     ],
     "ppo_isaac.py": [
