@@ -1,4 +1,4 @@
-"""The first hour on a GPU: everything that has to be measured there, most valuable first, in rungs of at most 8 minutes.
+"""The first hour on a GPU: everything that has to be measured there, most valuable first, in steps of at most 8 minutes.
 
     python benchmarks/gpu.py --rung 1                 # one rung
     python benchmarks/gpu.py --minutes 10             # as many steps as fit, from where the last call stopped
@@ -256,10 +256,13 @@ def check(name: Check, device: str) -> None:
                     own, policy = actor(script, feature_cache=cache)
                     obs, rows = observed(256), torch.arange(256)
                     for mode in ("default", "error"):
-                        torch.cuda.synchronize()
                         torch.cuda.set_sync_debug_mode(mode)
-                        loss(script, policy, take(acted(own, policy, obs), rows, device), own).backward()
-                    torch.cuda.set_sync_debug_mode("default")
+                        batch = acted(own, policy, obs)
+                        torch.cuda.set_sync_debug_mode("default")
+                        torch.cuda.synchronize()  # the one wait, for which samples to keep; host features have arrived
+                        torch.cuda.set_sync_debug_mode(mode)
+                        loss(script, policy, take(batch, rows, device), own).backward()
+                        torch.cuda.set_sync_debug_mode("default")
                     found[f"{script.__name__} {cache}"] = "no wait"
     else:  # an update, saved, loaded, one more: equal to two updates
         for script in scripts:

@@ -3,8 +3,9 @@
     python benchmarks/parcels.py pack --folder parcels        # here, with a network: parcels/0, parcels/1, ...
     python benchmarks/parcels.py join --folder parcels        # there, once all parcels have arrived
 
-`pack` takes the packages that one short run loads, in the versions that are installed, but those in --without. `join`
-installs what is missing, with nothing but these wheels, and says what it was. It needs Python and pip alone.
+`pack` takes the packages that one short run loads, in the versions that are installed, but what such a machine has
+(`THERE`). `join` installs what is missing, with nothing but these wheels, and says what it was. It needs Python and pip
+alone.
 """
 
 from __future__ import annotations

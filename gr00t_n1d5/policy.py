@@ -183,7 +183,10 @@ def sample_buffer(chunk: TensorDict, length: int) -> TensorDict:
 
 
 def take(samples: TensorDict, rows: Tensor, device: str) -> TensorDict:
-    """Samples (B,) with these indices (B,), which lie on the host, on the training device; fields may lie on the host."""
+    """Samples (B,) with these indices (B,), which lie on the host, on the training device.
+
+    Fields may lie on the host; what the device copies there has to have arrived.
+    """
     found, cuda = {}, torch.device(device).type == "cuda"
     there = (rows.pin_memory() if cuda else rows).to(device, non_blocking=True)
     for name, x in samples.items():

@@ -134,6 +134,21 @@ def test_the_ratio_bears_sums_in_another_order(precision, monkeypatch):
     assert low < error < high
 
 
+def test_gradients_in_bf16_have_the_same_direction():
+    """Of the shipped checkpoint, whose weights are trained: backbone and encoder in bf16 against fp32."""
+    found, advantage = [], torch.randn(256, generator=torch.Generator().manual_seed(0))
+    for precision in ("fp32", "bf16"):
+        args = grpo_gr00t.Args(device="cpu", precision=precision)
+        policy, obs = grpo_gr00t.Gr00tActor(args), observation(256)
+        features = policy.feature_buffer(1, 256, "gpu")[0]
+        out = policy.act(obs, Noise("cpu", ALONE, 1), True, features)
+        own = {"features": features, "advantage": advantage, "weight": torch.ones(256)}
+        batch = TensorDict({**obs, **out, **own}, 256)
+        grpo_gr00t.grpo_loss(policy, batch, args, Metrics("cpu", ALONE), False).backward()
+        found.append(torch.cat([p.grad.flatten() for p in policy.trainable()]))
+    assert 0.999 < torch.nn.functional.cosine_similarity(*found, 0) < 1 - 1e-7
+
+
 @on_gpu
 @every_script
 @pytest.mark.parametrize("checkpointing", [False, True])
