@@ -54,7 +54,7 @@ class Args:
     denoise_steps: int | None = None  # K, denoising steps per request (the checkpoint's own by default)
     seed: int = 1  # of the noise that actions start from; one generator for all requests
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: the backbone, under autocast
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: backbone and encoder, not the steps
     micro_batch_size: int = 64  # observations per forward pass; larger batches take several
     host: str = "127.0.0.1"  # address to listen at; 0.0.0.0: every interface
     port: int = 5555  # TCP port; 0: a free one, printed at the start
@@ -205,8 +205,8 @@ class ServedPolicy:
                 embodiment = torch.zeros(len(rows), dtype=torch.long, device=device)  # one row is left
                 with torch.autocast(torch.device(device).type, torch.bfloat16, self.bf16):
                     features = self.net.backbone(ids, pixels)
-                features = features.bfloat16() if self.bf16 else features
-                context = self.net.action_head.encode(features, state, embodiment)
+                    features = features.bfloat16() if self.bf16 else features
+                    context = self.net.action_head.encode(features, state, embodiment).float()
                 actions[rows] = self.net.action_head.sample(context, embodiment, noise[rows], self.args.denoise_steps)
         return self.processor.unnormalize_action(actions)
 

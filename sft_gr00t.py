@@ -29,6 +29,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -441,7 +442,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.99), fused=fused)
     generator = torch.Generator().manual_seed(args.seed + 1_000_003 * ranks.rank)  # a rank draws of its own samples
     run.event(f"{len(state)} samples, {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters")
-    log, result = Metrics(args.device, ranks), {}
+    log, result, began = Metrics(args.device, ranks), {}, time.monotonic()
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
@@ -459,11 +460,12 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         evaluated = last or (args.eval_every and (step + 1) % args.eval_every == 0)
         if evaluated or (step + 1) % 50 == 0:
             metrics = log.read() | {"update/learning_rate": learning_rate(args, step)}
-            log = Metrics(args.device, ranks)
+            log, seconds = Metrics(args.device, ranks), {"update": time.monotonic() - began}
             if evaluated and args.eval_episodes:
                 result = evaluate(args, env, average, ranks)
                 metrics |= {"eval/ode_success": result["mean"], "eval/episodes": result["episodes"]}
-            run.log(step, metrics, stages={}, steps=0)
+            run.log(step, metrics, seconds, steps=0)
+            began = time.monotonic()
         if evaluated:
             weights = average.weights()
             run.save("last" if last else f"step_{step + 1:06d}", lambda folder, weights=weights: average.save(folder, weights))

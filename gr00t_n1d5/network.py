@@ -374,6 +374,10 @@ class ActionContext(NamedTuple):
         mask = None if self.mask is None else self.mask.repeat_interleave(n, 0)
         return ActionContext(self.state_tokens.repeat_interleave(n, 0), pairs, mask)
 
+    def float(self) -> "ActionContext":
+        """In fp32."""
+        return ActionContext(self.state_tokens.float(), tuple((k.float(), v.float()) for k, v in self.key_values), self.mask)
+
 
 class ActionHead(nn.Module):
     """Flow-matching head. Inputs of any float type are cast to the head's own (bf16 backbone, fp32 head)."""

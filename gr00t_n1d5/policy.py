@@ -150,9 +150,7 @@ class Gr00tPolicy(nn.Module):
         lengths, state = self.lengths[obs["prompt"]] if self.mixed else None, self.processor.normalize_state(obs["state"])
         features, head = self.features(obs), head or self.net.action_head
         with torch.autocast(self.device.type, torch.bfloat16, self.bf16):
-            context = head.encode(features, state, self.embodiment(len(state)), lengths)
-        tokens, pairs = context.state_tokens.float(), tuple((k.float(), v.float()) for k, v in context.key_values)
-        return ActionContext(tokens, pairs, context.mask)
+            return head.encode(features, state, self.embodiment(len(state)), lengths).float()
 
     def velocity(self, x: Tensor, k: Tensor, steps: int, context: ActionContext, head: ActionHead | None = None) -> Tensor:
         """Velocity (B, H, A) at chain states x (B, H, A) before denoising step k (B,) of `steps`."""

@@ -175,14 +175,14 @@ def own_policy(env: Any) -> Tensor:
     return env.own_obs["policy"]
 
 
+HAND = f"Geometry/{'/'.join(f'panda_link{i}' for i in range(8))}/panda_hand"  # of a Franka, below its root
 OBJECT_ON_TABLE = 0.28  # height of the lift task's cube at rest [m]: the table's top is at 0.255, the cube's edge 0.05
 
 
 def plain_wrist_camera(cfg: Any) -> None:
     """The hand's path in full: Newton does not find a camera by the pattern that the task has for it."""
-    links = "/".join(f"panda_link{i}" for i in range(8))
     camera = cfg.scene.wrist_cam
-    camera.prim_path = camera.prim_path.replace("(Geometry/.*/)?panda_hand", f"Geometry/{links}/panda_hand")
+    camera.prim_path = camera.prim_path.replace("(Geometry/.*/)?panda_hand", HAND)
 
 
 def lift_cube(cfg: Any) -> None:
@@ -297,8 +297,11 @@ TASKS = {
         demo_noise={"joint_target": 0.3},
     ),
     "Isaac-Lift-Franka": Task(
-        cameras={"front_cam": "front_cam"},
-        views={"front_cam": ((-1.4, 0.0, 0.9), (-0.5, 0.0, 0.3))},
+        cameras={"front_cam": "front_cam", "wrist_cam": "wrist_cam"},
+        views={
+            "front_cam": ((-1.2, 0.12, 0.8), (-0.52, 0.12, 0.28)),
+            "wrist_cam": ((0.07, 0.0, 0.0), (0.03, 0.0, 0.2), HAND),
+        },
         state={"joint_position": 9},
         terms=("joint_pos",),
         action={"joint_delta": 9},

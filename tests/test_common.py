@@ -588,18 +588,20 @@ def test_checkpoints_are_whole_and_the_latest_two_stay():
     assert common.latest_checkpoint(run.dir) == folder / "step_000003"
 
 
-def test_plain_line_and_events(capsys):
+def test_plain_line_and_events(capsys, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
     with make() as run:
-        run._start = run._loop = run._start - 100.0  # as if the first iteration had taken 100 s: 9 more are 900 s
-        run.log(0, METRICS, STAGES, 1000)
+        run._loop, clock[0] = run._start, 1100.0
+        run.log(0, METRICS, STAGES, 1000)  # the first iteration took 100 s: 9 more are 900 s
         run.event("saved [checkpoint]")
         run.log(1, {"update/loss": 1.0}, {}, 1000)
     first, event, second = capsys.readouterr().out.splitlines()
     for part in ("iteration 1/10", "steps 1k", "env/s 2.5k", "+policy/s 1.25k", "+train/s 1k", "success 0.250",
-                 "eval 0.500", "KL 0.012", "clip 0.125", "loss -0.5", "elapsed 0:01:40", "ETA 0:15:0"):  # fmt: skip
+                 "eval 0.500", "KL 0.012", "clip 0.125", "loss -0.5", "elapsed 0:01:40", "ETA 0:15:00"):  # fmt: skip
         assert part in first, part
     assert event == "saved [checkpoint]" and event in (run.dir / "log.txt").read_text()
-    assert "ETA 0:06:4" in second  # 100 s for two iterations, eight to go
+    assert "ETA 0:06:40" in second  # 100 s for two iterations, eight to go
     assert "loss 1" in second and "success" not in second and "\x1b" not in first
 
 

@@ -45,7 +45,7 @@ def solved(name: str, folder: Path, seeds: list[str]) -> tuple[float, list[int]]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FLOORS)
 def test_an_expert_solves_its_task(name, tmp_path):
-    out, err = warm.start([__file__, name, str(tmp_path), SEED], ROOT, dict(os.environ)).communicate(timeout=1800)
+    out, err = warm.start([__file__, name, str(tmp_path), SEED], ROOT, dict(os.environ)).communicate(timeout=600)
     assert out.startswith("solved "), err[-3000:]
     assert float(out.split()[1]) >= FLOORS[name]
 
