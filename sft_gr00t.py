@@ -7,8 +7,8 @@
 
 How this differs from grpo_gr00t.py (what is not in `DIFFERS` is the same text):
 - Demonstrations in the place of rollouts (`collect`): the task's own expert acts on privileged state; so that recoveries are
-  seen, half of the episodes start from a random gripper pose, or half of the steps go astray, as its row says. Only
-  episodes that succeed are kept, and no frame after success.
+  seen, half of the episodes start from a random gripper pose, or the steps before an observation go astray, as its row says.
+  Only episodes that succeed are kept, and no frame after success.
 - The loss is GR00T's (`imitation_loss`): |v(x_t, t) - (action - noise)|^2 at t = (0.999 - Beta(1.5, 1)) / 0.999, masked to
   real dimensions (arXiv 2503.14734, section 2.1). There is no exploration, no base model and no critic.
 - The whole network is trained, or its head alone (--tune head); from scratch, where no checkpoint is named.
@@ -68,7 +68,7 @@ class Args:
     # algorithm
     expert: str | None = None  # runs/<name> of ppo_isaac.py, whose policy demonstrates; None: the task's scripted expert
     demos: int = 5120  # expert episodes (rounded up to whole batches of environments)
-    frames: int = 8  # observations kept of each: the first one and some at random
+    frames: int = 8  # observations kept of each, at most: the first one and some at random
     action_horizon: int = 8  # of a new network, where no checkpoint is named
     steps: int = 1000  # optimizer steps
     batch_size: int = 128  # samples per step over all ranks
@@ -91,6 +91,7 @@ FULL = Args(
     max_memory_gb=72.0,
 )  # fmt: skip
 WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1.0
+ASTRAY = 4  # steps with noise before an observation, and none in the chunk that follows: nothing there would foretell it
 EMA = 0.99  # decay of the weights' moving average
 
 
@@ -352,20 +353,20 @@ def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> 
         params.update(task.demo_params[name])
     latest = min(done, T - horizon)  # a chunk of actions must follow every kept observation
     rng, samples, successes, batches = np.random.default_rng(args.seed), [], 0, math.ceil(args.demos / args.num_envs)
+    apart = horizon + ASTRAY if task.demo_noise else 1
     for b in range(batches):
         seed, kept, actions = episode_seed(args.seed, b, ranks), [], []
         obs, noise = env.reset(seed), torch.Generator(args.device).manual_seed(seed)
-        times = {0, *rng.choice(np.arange(1, latest + 1), min(args.frames - 1, latest), replace=False).tolist()}
+        moments = np.arange(apart + rng.integers(apart), latest + 1, apart)
+        times = {0, *rng.choice(moments, min(args.frames - 1, len(moments)), replace=False).tolist()}
         for t in range(T):
             if t in times:
                 kept.append((t, env.observe() if t else obs, ~env.success))
             action = expert(env.env)
             actions.append(action.clamp(-task.action_limit, task.action_limit) if task.action_limit else action)
             executed = actions[-1]
-            if task.demo_noise:  # half of the steps go astray; recorded is what the expert would have done
-                n, d = executed.shape
-                astray = torch.rand(n, 1, device=args.device, generator=noise) < 0.5
-                executed = executed + off * astray * torch.randn(n, d, device=args.device, generator=noise)
+            if task.demo_noise and any(t < moment <= t + ASTRAY for moment in times):
+                executed = executed + off * torch.randn(executed.shape, device=args.device, generator=noise)
             env.step_chunk(executed[:, None], last=True)
         actions = torch.stack(actions, 1)  # (N, T, d)
         for t, seen, before in kept:

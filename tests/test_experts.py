@@ -1,7 +1,7 @@
 """The scripted experts in the real simulator, with stand-in assets; one simulator per process.
 
-`python tests/test_experts.py ROW FOLDER SEED ...` prints the share of a row's episodes, 32 per seed, that its expert solves,
-and the steps that it needs: median, 95%, longest.
+`python tests/test_experts.py ROW FOLDER PHYSICS SEED ...` prints the share of a row's episodes, 32 per seed, that its expert
+solves, and the steps that it needs: median, 95%, longest. PHYSICS is mujoco_c or newton_mjwarp.
 """
 
 import os
@@ -24,13 +24,13 @@ FLOORS = {
 }
 
 
-def solved(name: str, folder: Path, seeds: list[str]) -> tuple[float, list[int]]:
+def solved(name: str, folder: Path, physics: str, seeds: list[str]) -> tuple[float, list[int]]:
     import torch
 
     from tests.sim import chunk_env
 
     needed = []  # (N,) steps, of each seed; 0: not solved
-    with chunk_env(folder, N, task=name) as env:
+    with chunk_env(folder, N, task=name, physics=physics) as env:
         for seed in seeds:
             env.reset(int(seed))
             needed.append(torch.zeros(N))
@@ -45,7 +45,7 @@ def solved(name: str, folder: Path, seeds: list[str]) -> tuple[float, list[int]]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FLOORS)
 def test_an_expert_solves_its_task(name, tmp_path):
-    out, err = warm.start([__file__, name, str(tmp_path), SEED], ROOT, dict(os.environ)).communicate(timeout=600)
+    out, err = warm.start([__file__, name, str(tmp_path), "mujoco_c", SEED], ROOT, dict(os.environ)).communicate(timeout=600)
     assert out.startswith("solved "), err[-3000:]
     assert float(out.split()[1]) >= FLOORS[name]
 
@@ -59,4 +59,4 @@ def test_rows_with_an_expert():
 
 
 if __name__ == "__main__":
-    print("solved", *solved(sys.argv[1], Path(sys.argv[2]), sys.argv[3:]), flush=True)
+    print("solved", *solved(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4:]), flush=True)

@@ -365,36 +365,46 @@ def test_the_average_of_the_weights(checkpoint):
 
 
 def test_demonstrations_that_go_astray():
-    """What is recorded is the expert's own action; what is executed differs in the columns with noise, in half of the steps."""
+    """Noise is executed in four steps before each observation, never in the chunk after it, and never recorded."""
 
     class Env:
         num_envs, success = 64, torch.ones(64, dtype=torch.bool)
 
         def __init__(self, noise):
             expert = lambda env: torch.full((64, 4), 0.25)  # noqa: E731
-            self.task = replace(TASKS["Tabletop-Lift-Cube-v0"], expert=expert, demo_params={}, demo_noise=noise)
-            self.env, self.executed = None, []
+            self.task = replace(TASKS["Tabletop-Lift-Cube-v0"], expert=expert, demo_params={}, demo_noise=noise, demo_steps=80,
+                                horizon=160)  # fmt: skip
+            self.env, self.executed, self.seen = None, [], []
 
         def reset(self, seed):
             self.success = torch.zeros(64, dtype=torch.bool)
+            self.start = len(self.executed)
             return self.observe()
 
         def observe(self):
+            self.seen.append(len(self.executed))
             return TensorDict({"state": torch.zeros(64, 5)}, 64)
 
         def step_chunk(self, actions, last):
             self.executed.append(actions[:, 0])
-            self.success = torch.full((64,), len(self.executed) % 32 == 0)
+            self.success = torch.full((64,), len(self.executed) % 160 == 0)
 
-    run, args = SimpleNamespace(event=lambda text: None), Args(device="cpu", num_envs=64, demos=128)
+    run, args = SimpleNamespace(event=lambda text: None), Args(device="cpu", num_envs=64, demos=256, frames=5)
     for noise in ({}, {"gripper_delta": 0.2}):
         executed = []
         for _ in range(2):
             env = Env(noise)
             demos = sft_gr00t.collect(args, env, 8, run, Ranks(0, 1))
             executed.append(torch.stack(env.executed) - 0.25)
-            assert len(demos) == 2 * 64 * args.frames and (demos["action"] == 0.25).all()
+            assert len(demos) == 4 * 64 * args.frames and (demos["action"] == 0.25).all()
         assert torch.equal(*executed) and not executed[0][..., 3].any()  # by the seed; the gripper never
-        astray = executed[0][..., :3].any(-1)
-        assert abs(astray.float().mean() - (0.5 if noise else 0.0)) < 0.05
-        assert not noise or abs(executed[0][..., :3][astray].std() - 0.2) < 0.01
+        astray = executed[0][..., :3].any(-1).any(-1)  # (steps,)
+        later = [t for t in env.seen if t % 160]
+        assert len(later) == 4 * 4 and len({t % 160 for t in later}) > 4  # other moments in other batches
+        if not noise:
+            assert not astray.any()
+            continue
+        for t in env.seen:
+            assert not astray[t : t + 8].any()
+        assert sorted({t - i for t in later for i in range(1, 5)}) == astray.nonzero()[:, 0].tolist()
+        assert abs(executed[0][astray][..., :3].std() - 0.2) < 0.01
