@@ -341,6 +341,7 @@ TASKS = {
         success=walked,
         instructions=("Walk forward.",),
         action_limit=1.0,
+        demo_noise={"joint_effort": 0.4},
         privileged=87,
         privileged_terms=(own_policy,),
     ),
