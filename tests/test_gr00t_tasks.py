@@ -78,21 +78,24 @@ def renders(env) -> list[int]:
 
 
 def freshness(env) -> dict:
-    """How far the proprioception is from the hand's true place [m], and whether the wrist's camera goes with it."""
+    """How far the proprioception is from the hand's true place [m], or the joints' [rad], and whether the wrist's camera goes with it."""
     import torch
 
     found = {}
+    eye, *_ = env.task.views.get("wrist_cam", ((0.13, 0.0, -0.15),))  # the stack task has its own camera
     for moment in ("reset", "chunk"):
-        obs = env.reset(5) if moment == "reset" else env.step_chunk(torch.full((N, 3, 7), 0.5))
+        obs = env.reset(5) if moment == "reset" else env.step_chunk(torch.full((N, 3, env.task.sizes["action"]), 0.5))
         robot = env.env.scene["robot"].data
         hand = env.env.scene["robot"].find_bodies("panda_hand")[0][0]
         position, rotation = robot.body_pos_w.torch[:, hand], robot.body_quat_w.torch[:, hand]
         from isaaclab.utils.math import quat_apply
 
         grasp = position + quat_apply(rotation, torch.tensor([0.0, 0.0, 0.1034]).expand(N, 3))
-        found[moment] = (obs["state"][:, :3] - grasp).norm(dim=1).max().item()
+        joints = "joint_position" in env.task.state
+        seen, true = (obs["state"], robot.joint_pos.torch) if joints else (obs["state"][:, :3], grasp)
+        found[moment] = (seen - true).norm(dim=1).max().item()
         camera = env.env.scene.sensors["wrist_cam"].data.pos_w.torch - position
-        found[f"camera {moment}"] = abs(camera.norm(dim=1) - (0.13**2 + 0.15**2) ** 0.5).max().item()
+        found[f"camera {moment}"] = abs(camera.norm(dim=1) - torch.tensor(eye).norm()).max().item()
     return found
 
 
