@@ -78,7 +78,7 @@ def renders(env) -> list[int]:
 
 
 def freshness(env) -> dict:
-    """How far the proprioception is from the hand's true place [m], or the joints' [rad], and whether the wrist's camera goes with it."""
+    """How far the proprioception is from where hand [m] or joints [rad] are, and whether the wrist's camera goes along."""
     import torch
 
     found = {}

@@ -378,7 +378,6 @@ def test_demonstrations_that_go_astray():
 
         def reset(self, seed):
             self.success = torch.zeros(64, dtype=torch.bool)
-            self.start = len(self.executed)
             return self.observe()
 
         def observe(self):
