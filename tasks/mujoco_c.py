@@ -58,7 +58,7 @@ class MujocoCSolver(SolverMuJoCo):
         self.models, self.rows, self.dt = [copy.copy(model)], None, None
         self.data, self.rollout = [mujoco.MjData(model) for _ in range(threads)], Rollout(nthread=threads)
         self.qpos, self.qvel = data.qpos.numpy(), data.qvel.numpy()  # (N, nq), (N, nv)
-        self.update_data_interval = 1  # tasks count substeps, which are one step here: what was written in between would be lost
+        self.update_data_interval = 1  # tasks count substeps; here, what is written between two steps would be lost
         worlds = len(self.qpos)
         inputs = {  # in MuJoCo's order
             STATE.mjSTATE_CTRL: data.ctrl, STATE.mjSTATE_QFRC_APPLIED: data.qfrc_applied,
