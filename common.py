@@ -776,6 +776,7 @@ FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("update/kl_base", "KL", "{:.2g}".format),
     ("update/clip_frac", "clip", "{:.3f}".format),
     ("update/loss", "loss", "{:.3g}".format),
+    ("eval/loss", "held out", "{:.3g}".format),
     ("time/elapsed", "elapsed", hms),
 )
 # title of a panel of curves.png, and the metric keys drawn in it; a panel without data is left out
@@ -788,7 +789,7 @@ PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("KL to base", {"update/kl_base": "KL"}),
     ("clip fraction", {"update/clip_frac": "clip"}),
     ("groups without variance", {"rollout/zero_variance_share": "share"}),
-    ("loss", {"update/loss": "loss"}),
+    ("loss", {"update/loss": "loss", "eval/loss": "held out"}),
     ("steps per second", {"sps/env": "env", "sps/policy": "env + policy", "sps/train": "everything"}),
 )
 LOGGERS = ("common", "tasks", "gr00t_n1d5")  # of the repo's own modules

@@ -17,7 +17,8 @@ How this differs from grpo_gr00t.py (what is not in `DIFFERS` is the same text):
 - With torchrun every rank has its own environments, demonstrations and share of a batch; gradients are averaged, or, with
   --fsdp, weights, gradients and AdamW's state are spread over the ranks (`shard`).
 
-A run: `collect` -> for each step `draw` -> `backward` (`imitation_loss` per micro-batch) -> AdamW -> moving average.
+A run: `collect` -> for each step `draw` -> `backward` (`imitation_loss` per micro-batch) -> AdamW -> moving average ->
+`held_out_loss` now and then.
 """
 
 # ======== imports =====================================================================================================
@@ -337,11 +338,12 @@ def teacher(args: Args) -> Callable:
     return act
 
 
-def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> TensorDict:
+def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> tuple[TensorDict, TensorDict]:
     """Runs the task's expert, or a teacher; some observations of each success, with the `horizon` actions that followed.
 
     Returns:
-        images, state and prompt as in `ChunkEnv.observe`, action (S, horizon, d): this rank's, on the host.
+        demonstrations to train on, and those of one more batch of environments to hold out: images, state and prompt as in
+        `ChunkEnv.observe`, action (S, horizon, d), this rank's, on the host.
     """
     task, expert = env.task, teacher(args) if args.expert else env.task.expert
     done = min(task.demo_steps or task.horizon, task.horizon)
@@ -354,7 +356,7 @@ def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> 
     latest = min(done, T - horizon)  # a chunk of actions must follow every kept observation
     rng, samples, successes, batches = np.random.default_rng(args.seed), [], 0, math.ceil(args.demos / args.num_envs)
     apart = horizon + ASTRAY if task.demo_noise else 1
-    for b in range(batches):
+    for b in range(batches + 1):
         seed, kept, actions = episode_seed(args.seed, b, ranks), [], []
         obs, noise = env.reset(seed), torch.Generator(args.device).manual_seed(seed)
         moments = np.arange(apart + rng.integers(apart), latest + 1, apart)
@@ -368,16 +370,18 @@ def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> 
             if task.demo_noise and any(t < moment <= t + ASTRAY for moment in times):
                 executed = executed + off * torch.randn(executed.shape, device=args.device, generator=noise)
             env.step_chunk(executed[:, None], last=True)
+            if env.ended.all() and t + 1 >= kept[-1][0] + horizon:  # nobody has more to show
+                break
         actions = torch.stack(actions, 1)  # (N, T, d)
-        for t, seen, before in kept:
-            samples.append(seen.set("action", actions[:, t : t + horizon])[before & env.success].cpu())  # all of them are large
-        successes += int(env.success.sum())
-        if b % 10 == 9 or b + 1 == batches:
+        whole = [seen.set("action", actions[:, t : t + horizon])[before & env.success] for t, seen, before in kept]
+        samples.append(torch.cat(whole).cpu())  # all of them are large
+        successes += int(env.success.sum()) if b < batches else 0
+        if b < batches and (b % 10 == 9 or b + 1 == batches):
             count, all_successes = (b + 1) * args.num_envs, sum(ranks.gather(successes))
             run.event(f"demonstrations: {count}, expert success {all_successes / count:.3f}")
     for name, params in terms.items():
         params.update(usual[name])
-    return torch.cat(samples)
+    return torch.cat(samples[:-1]), samples[-1]
 
 
 # ======== loss ========================================================================================================
@@ -413,6 +417,14 @@ def backward(policy: Gr00tActor, demos: TensorDict, drawn: TensorDict) -> Tensor
     return total
 
 
+@torch.no_grad()
+def held_out_loss(policy: Gr00tActor, unseen: TensorDict, drawn: TensorDict) -> Tensor:
+    """The loss, a scalar, of demonstrations that nothing was trained on: when it rises, more steps only overfit."""
+    parts = drawn.split(policy.micro_batch_size)
+    losses = [imitation_loss(policy, take(unseen, part["row"], policy.device), part) * len(part) for part in parts]
+    return torch.stack(losses).sum() / len(drawn)
+
+
 # ======== train =======================================================================================================
 def learning_rate(args: Args, step: int) -> float:
     """Linear warm-up over 100 steps, then a cosine to 2%."""
@@ -421,7 +433,7 @@ def learning_rate(args: Args, step: int) -> float:
 
 def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks) -> None:
     """Collects, trains, evaluates and saves."""
-    demos = collect(args, env, policy.chunk, run, ranks)
+    demos, unseen = collect(args, env, policy.chunk, run, ranks)
     every = ranks.gather((demos["state"], demos["action"].flatten(0, 1)))
     state, action = (torch.cat(x) for x in zip(*every))  # the statistics are those of all ranks
     if not len(demos):
@@ -442,6 +454,10 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
     fused = policy.device.type == "cuda"  # without temporaries of the weights' size
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.99), fused=fused)
     generator = torch.Generator().manual_seed(args.seed + 1_000_003 * ranks.rank)  # a rank draws of its own samples
+    fixed = None
+    if all(ranks.gather(len(unseen))):
+        n = 4 * args.batch_size // ranks.world
+        fixed = draw(args, policy, len(unseen), n, torch.Generator().manual_seed(args.seed)).select("row", "noise", "t")
     run.event(f"{len(state)} samples, {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters")
     log, result, began = Metrics(args.device, ranks), {}, time.monotonic()
     for step in range(args.steps):
@@ -460,6 +476,8 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         last = step + 1 == args.steps
         evaluated = last or (args.eval_every and (step + 1) % args.eval_every == 0)
         if evaluated or (step + 1) % 50 == 0:
+            if fixed is not None:
+                log.mean("eval/loss", held_out_loss(average, unseen, fixed))
             metrics = log.read() | {"update/learning_rate": learning_rate(args, step)}
             log, seconds = Metrics(args.device, ranks), {"update": time.monotonic() - began}
             if evaluated and args.eval_episodes:

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -21,7 +22,6 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,34 +37,24 @@ ALONE, DEVICE = throughput.ALONE, "cpu"
 
 
 class Bytes(TorchDispatchMode):
-    """Counts the bytes of all storages while they live.
-
-    By torch's own weak pointers, asked when a new peak is near: Python's callbacks at a storage's end corrupt its heap.
-    """
+    """Counts the bytes of all storages while they live."""
 
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self.sizes: dict[StorageWeakRef, int] = {}
+        self.known: set[int] = set()
 
     def add(self, tensor: torch.Tensor) -> None:
-        storage = StorageWeakRef(tensor.untyped_storage())
-        if storage not in self.sizes:
-            self.sizes[storage] = size = tensor.untyped_storage().nbytes()
-            self.now += size
-            if self.now > self.peak:
-                self.drop()
-                self.peak = max(self.peak, self.now)
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += (size := storage.nbytes())
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, storage._cdata, size)
 
-    def drop(self) -> None:
-        """Forgets storages that have ended."""
-        self.sizes = {storage: size for storage, size in self.sizes.items() if not storage.expired()}
-        self.now = sum(self.sizes.values())
-
-    def begin(self) -> None:
-        """From here on, the peak is a new one."""
-        self.drop()
-        self.peak = self.now
+    def drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -164,16 +154,15 @@ def measured(name: str, views: int, envs: int, budget: float, **flags) -> tuple[
         rows = torch.empty(3 * own.micro_batch_size, dtype=torch.long, device=DEVICE)
         size = torch.empty((), device=DEVICE)
         for i in range(2):  # the second iteration has gradients and the optimizer's state beside it
-            held.begin()
+            held.peak = held.now
             samples = script.rollout(env, policy, own, i, ALONE, timer)
             found["rollout"] = held.peak / 1e9
-            held.begin()
-            log = Metrics(DEVICE, ALONE)
+            held.peak, log = held.now, Metrics(DEVICE, ALONE)
             script.advantages(samples, env.success, own, ALONE, log)
             script.update(policy, optimizer, samples, [(rows, size, *([True] if critic else []))] * 2, own, ALONE, log)
             found["update"] = held.peak / 1e9
             del samples
-        held.begin()
+        held.peak = held.now
         policy.act(env.reset(), Noise(), False)
         found["evaluation"] = held.peak / 1e9
     return found, line
@@ -196,3 +185,4 @@ def test_what_is_planned_is_what_is_held(name, views, envs, budget):
 
 if __name__ == "__main__":
     print(json.dumps(measured(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))), flush=True)
+    os._exit(0)  # torch does not always survive the interpreter's end after fake tensors

@@ -748,7 +748,8 @@ def test_a_saved_policy_gives_the_same_outputs(kind, tmp_path):
 
 def test_explicit_flags_go_before_those_of_the_task_the_checkpoint_and_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert parse([]) == dataclasses.replace(Args(**ppo_isaac.CARTPOLE), exp_name=parse([]).exp_name)
+    default = parse([])
+    assert default == dataclasses.replace(Args(**ppo_isaac.CARTPOLE), exp_name=default.exp_name)
     ant = parse("--task Isaac-Ant-Direct-v0 --num-steps 24".split())  # the default for any task, but asked for
     assert ant.num_steps == 24 and ant.hidden == (400, 200, 100)
     assert ant.exp_name.startswith("ppo_isaac__Isaac-Ant-Direct-v0__1__")

@@ -161,9 +161,10 @@ SHARDED = {"plain": {"fsdp": True}, "clipped": {"fsdp": True, "activation_checkp
 VARIANTS = {f"{kind} averaged": x for kind, x in AVERAGED.items()} | {f"{kind} sharded": x for kind, x in SHARDED.items()}
 
 
-def of_rank(rank: int) -> TensorDict:
+def of_rank(rank: int) -> tuple[TensorDict, TensorDict]:
     """Ranks keep different numbers of demonstrations: some episodes fail."""
-    return demonstrations(20 - 3 * rank, torch.Generator().manual_seed(3 + rank))
+    g = torch.Generator().manual_seed(3 + rank)
+    return demonstrations(20 - 3 * rank, g), demonstrations(9 - rank, g)
 
 
 def act(policy: Gr00tActor) -> Tensor:
@@ -235,7 +236,7 @@ def apart(a: list[Tensor], b: list[Tensor]) -> float:
 def test_gradients_are_those_of_both_ranks_batches(checkpoint, two):
     """The first step's, against one process that holds the union of the demonstrations and both halves of the batch."""
     args = given(checkpoint)
-    policy, shares = Gr00tActor(args), [of_rank(rank) for rank in range(2)]
+    policy, shares = Gr00tActor(args), [of_rank(rank)[0] for rank in range(2)]
     state, action = torch.cat([x["state"] for x in shares]), torch.cat([x["action"].flatten(0, 1) for x in shares])
     policy.processor = make_processor(args, policy.net.config, policy.processor.tokenizer, state, action)
     for rank, demos in enumerate(shares):
@@ -282,8 +283,15 @@ def test_sharded_weights_are_saved_whole(two, name):
     assert {n: p.shape for n, p in net.named_parameters()} == {n: p.shape for n, p in other.named_parameters()}
     assert apart(list(net.parameters()), list(other.parameters())) < 1e-5
     flags = {k: v for k, v in VARIANTS[name].items() if k != "fsdp"}
-    policy = Gr00tActor(given(saved / "last", evaluate=True, **flags))
+    args = given(saved / "last", evaluate=True, **flags)
+    policy, losses = Gr00tActor(args), []
     assert torch.equal(act(policy), notes[0][name]["actions"][STEPS - 1])
+    for rank in range(2):
+        unseen = of_rank(rank)[1]
+        drawn = draw(args, policy, len(unseen), 4 * BATCH // 2, torch.Generator().manual_seed(args.seed))
+        losses.append(float(sft_gr00t.held_out_loss(policy, unseen, drawn)))
+    rows = [json.loads(line) for line in (saved.parent / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["eval/loss"] == pytest.approx(sum(losses) / 2, rel=1e-4) and rows[-1]["eval/loss"] != rows[-2]["eval/loss"]
 
 
 # ---------------------------------------------------------------- the command line
@@ -346,7 +354,7 @@ def test_the_average_of_the_weights(checkpoint):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", watched)
-        patch.setattr(sft_gr00t, "collect", lambda *_: demonstrations(20, g))
+        patch.setattr(sft_gr00t, "collect", lambda *_: (demonstrations(20, g), demonstrations(8, g)))
         copied, deepcopy = [], copy.deepcopy
 
         def kept(x, memo=None):
@@ -374,9 +382,10 @@ def test_demonstrations_that_go_astray():
             expert = lambda env: torch.full((64, 4), 0.25)  # noqa: E731
             self.task = replace(TASKS["Tabletop-Lift-Cube-v0"], expert=expert, demo_params={}, demo_noise=noise, demo_steps=80,
                                 horizon=160)  # fmt: skip
-            self.env, self.executed, self.seen = None, [], []
+            self.env, self.executed, self.seen, self.begins = None, [], [], []
 
         def reset(self, seed):
+            self.begins.append(len(self.executed))
             self.success = torch.zeros(64, dtype=torch.bool)
             return self.observe()
 
@@ -386,20 +395,29 @@ def test_demonstrations_that_go_astray():
 
         def step_chunk(self, actions, last):
             self.executed.append(actions[:, 0])
-            self.success = torch.full((64,), len(self.executed) % 160 == 0)
+            self.success = torch.full((64,), len(self.executed) - self.begins[-1] >= 82)
+
+        @property
+        def ended(self):
+            return self.success
 
     run, args = SimpleNamespace(event=lambda text: None), Args(device="cpu", num_envs=64, demos=256, frames=5)
     for noise in ({}, {"gripper_delta": 0.2}):
         executed = []
         for _ in range(2):
             env = Env(noise)
-            demos = sft_gr00t.collect(args, env, 8, run, Ranks(0, 1))
+            demos, unseen = sft_gr00t.collect(args, env, 8, run, Ranks(0, 1))
             executed.append(torch.stack(env.executed) - 0.25)
-            assert len(demos) == 4 * 64 * args.frames and (demos["action"] == 0.25).all()
+            assert len(demos) == 4 * len(unseen) == 4 * 64 * args.frames and (demos["action"] == 0.25).all()
         assert torch.equal(*executed) and not executed[0][..., 3].any()  # by the seed; the gripper never
         astray = executed[0][..., :3].any(-1).any(-1)  # (steps,)
-        later = [t for t in env.seen if t % 160]
-        assert len(later) == 4 * 4 and len({t % 160 for t in later}) > 4  # other moments in other batches
+        later = [t for t in env.seen if t not in env.begins]
+        assert (
+            len(later) == 5 * 4 and len({t - max(b for b in env.begins if b <= t) for t in later}) > 4
+        )  # other moments in other batches
+        lasts = [max(t for t in env.seen if t < end) for end in (*env.begins[1:], len(executed[0]))]
+        ends = [max(begin + 82, last + 8) for begin, last in zip(env.begins, lasts)]
+        assert ends == [*env.begins[1:], len(executed[0])]  # a batch is over when all is shown
         if not noise:
             assert not astray.any()
             continue
