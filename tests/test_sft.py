@@ -412,9 +412,8 @@ def test_demonstrations_that_go_astray():
         assert torch.equal(*executed) and not executed[0][..., 3].any()  # by the seed; the gripper never
         astray = executed[0][..., :3].any(-1).any(-1)  # (steps,)
         later = [t for t in env.seen if t not in env.begins]
-        assert (
-            len(later) == 5 * 4 and len({t - max(b for b in env.begins if b <= t) for t in later}) > 4
-        )  # other moments in other batches
+        moments = {t - max(begin for begin in env.begins if begin <= t) for t in later}
+        assert len(later) == 5 * 4 and len(moments) > 4  # other moments in other batches
         lasts = [max(t for t in env.seen if t < end) for end in (*env.begins[1:], len(executed[0]))]
         ends = [max(begin + 82, last + 8) for begin, last in zip(env.begins, lasts)]
         assert ends == [*env.begins[1:], len(executed[0])]  # a batch is over when all is shown
