@@ -370,7 +370,7 @@ def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> 
             if task.demo_noise and any(t < moment <= t + ASTRAY for moment in times):
                 executed = executed + off * torch.randn(executed.shape, device=args.device, generator=noise)
             env.step_chunk(executed[:, None], last=True)
-            if env.ended.all() and t + 1 >= kept[-1][0] + horizon:  # nobody has more to show
+            if t + 1 >= kept[-1][0] + horizon and env.ended.all():  # nobody has more to show
                 break
         actions = torch.stack(actions, 1)  # (N, T, d)
         whole = [seen.set("action", actions[:, t : t + horizon])[before & env.success] for t, seen, before in kept]
