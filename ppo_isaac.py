@@ -603,8 +603,6 @@ def update(
 ) -> None:  # fmt: skip
     """Epochs over a rollout, one optimizer step per minibatch of the plan."""
     rate, (flat,) = optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["params"]
-    edges = torch.tensor([args.target_kl / 2, args.target_kl * 2], device=args.device)
-    factors = torch.tensor([1.5, 1.0, 1 / 1.5], device=args.device)
     for i, (rows, size) in enumerate(plan):
         part, states = store.pick(batch, rows)
         normalize_advantages(part["advantage"], size, ranks)
@@ -616,7 +614,9 @@ def update(
         if i == 0:  # nothing is learned yet: rollout and update must agree
             log.max("update/first_ratio_error", (ratio - 1).abs().max() if ratio.numel() else loss)
         elif args.schedule == "adaptive":
-            rate.mul_(factors.take(torch.bucketize(ranks.reduce(kl), edges))).clamp_(1e-5, 1e-2)
+            kl = ranks.reduce(kl)
+            factor = torch.where(kl > 2 * args.target_kl, 1 / 1.5, torch.where(kl > args.target_kl / 2, 1.0, 1.5))
+            rate.mul_(factor).clamp_(1e-5, 1e-2)
         optimizer.step()
     log.max("update/learning_rate", rate)
     log.max("update/action_std", policy.log_std.exp().sum() / max(len(policy.log_std), 1))

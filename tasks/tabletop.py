@@ -446,8 +446,6 @@ class LiftEnv(ManagerBasedRLEnv):
         if "cpu" not in cfg.sim.device:  # Isaac Lab's own manager
             physics.class_type = physics.solver_cfg.class_type = LiftNewtonCfg().class_type
         on_warp = physics.class_type not in C_MANAGERS
-        if on_warp:  # contacts in a fixed order: members of a group stay alike, seeds and resumed runs repeat
-            physics.deterministic_mode, physics.solver_cfg.disable_sensors = "run_to_run", True
         self.target = torch.zeros(cfg.scene.num_envs, dtype=torch.long, device=cfg.sim.device)
         super().__init__(cfg, **kwargs)
         if on_warp:

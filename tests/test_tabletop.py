@@ -206,8 +206,6 @@ with launch_simulation(cfg, argparse.Namespace(device="cpu", headless=True, enab
     for step in range(tabletop.HORIZON):
         _, _, terminated, truncated, _ = env.step(torch.zeros(16, 4))
     assert truncated.all() and not terminated.any()
-    from isaaclab_newton.physics import NewtonManager
-    assert NewtonManager._deterministic_mode.name == "RUN_TO_RUN"
     print("ENDS OK")
     env.close()
 """
