@@ -768,6 +768,7 @@ FIELDS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("sps/policy", "+policy/s", si),
     ("sps/train", "+train/s", si),
     ("rollout/success", "success", "{:.3f}".format),
+    ("rollout/broken", "broken", "{:.2%}".format),
     ("eval/ode_success", "eval", "{:.3f}".format),
     ("rollout/return", "return", "{:.4g}".format),
     ("rollout/length", "length", "{:.0f}".format),
@@ -1002,7 +1003,8 @@ class Run:
         """(label, text) of everything the terminal shows."""
         done = int(metrics["iteration"]) + 1
         fields = [("iteration", f"{done}/{self.iterations}")]
-        fields += [(label, form(metrics[key])) for key, label, form in FIELDS if key in metrics]
+        shown = {key: x for key, x in metrics.items() if x or key != "rollout/broken"}  # there should be none
+        fields += [(label, form(shown[key])) for key, label, form in FIELDS if key in shown]
         here = done - self._begin  # iterations of this process
         seconds = (time.monotonic() - self._loop) / max(here, 1) * max(self.iterations - done, 0)
         return [*fields, ("ETA", hms(seconds))]

@@ -422,6 +422,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         optimizer.param_groups[0]["lr"] = learning_rate(args, iteration)
         log = Metrics(args.device, ranks)
         samples = rollout(env, policy, args, iteration, ranks, timer)
+        log.mean("rollout/broken", env.terminations.get_term("broken"))  # worlds whose physics blew up; they failed
         with timer("update"):
             keep = advantages(samples, env.success, args, ranks, log)
             update(policy, optimizer, samples, plan_minibatches(keep, args, iteration, ranks), args, ranks, log)

@@ -189,7 +189,7 @@ class ChunkEnv:
             ended = self.terminations.compute()  # (N,)
             self.success = before | (self.terminations.get_term("success") & ~self.failure)
             self.failure = self.failure | (ended & ~self.success)
-            self.reward += self.gamma**i * (dense * alive if self.dense else (self.success & ~before))
+            self.reward += self.gamma**i * (dense.nan_to_num() * alive if self.dense else (self.success & ~before))
         self.steps += actions.shape[1]
         return None if last else self.observe()
 
@@ -518,6 +518,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
             group["lr"] = rate
         log, moving = Metrics(args.device, ranks), iteration >= args.critic_warmup  # before, only the critic learns
         samples = rollout(env, policy, args, iteration, ranks, timer)
+        log.mean("rollout/broken", env.terminations.get_term("broken"))  # worlds whose physics blew up; they failed
         with timer("update"):
             keep = advantages(samples, env.success, args, ranks, log)
             plan = plan_minibatches(keep, args, iteration, ranks, moving)

@@ -250,7 +250,7 @@ class ChunkEnv:
             ended = self.terminations.compute()  # (N,)
             self.success = before | (self.terminations.get_term("success") & ~self.failure)
             self.failure = self.failure | (ended & ~self.success)
-            self.reward += self.gamma**i * (dense * alive if self.dense else (self.success & ~before))
+            self.reward += self.gamma**i * (dense.nan_to_num() * alive if self.dense else (self.success & ~before))
         self.steps += actions.shape[1]
         return None if last else self.observe()
 
@@ -661,6 +661,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         policy.unfreeze(begun)
         log = Metrics(args.device, ranks)
         samples = rollout(env, policy, args, iteration, ranks, timer)
+        log.mean("rollout/broken", env.terminations.get_term("broken"))  # worlds whose physics blew up; they failed
         with timer("update"):
             keep = advantages(samples, env.success, args, ranks, log)
             plan = plan_minibatches(keep, args, iteration, ranks, moving=bool(begun))

@@ -356,8 +356,11 @@ def simulate(device: str) -> None:
                     states.append(torch.cat(leaves(env.env.scene.get_state(is_relative=True)), 1))
                 episodes.append(torch.stack(states))  # (T, N, D)
                 images.append(env.observe()["images"])
+            lost = [int((~episode.isfinite()).any(0).any(1).sum()) for episode in episodes]
+            episodes = [episode.nan_to_num() for episode in episodes]
             leaders = episodes[0][:, ::group].repeat_interleave(group, 1)
             found = {
+                "worlds not finite": lost,
                 "members differ by": float((episodes[0] - leaders).abs().max()),
                 "pixels of members": int((images[0] != images[0][::group].repeat_interleave(group, 0)).sum()),
                 "repeated episode": float((episodes[0] - episodes[1]).abs().max()),

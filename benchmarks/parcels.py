@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 THERE = "torch torchvision triton transformers numpy scipy sympy mpmath setuptools".split()  # too large, and there already
-MORE = "rsl-rl-lib pytest pytest-xdist execnet iniconfig pluggy".split()  # what other steps of benchmarks/gpu.py load
+MORE = "rsl-rl-lib gitpython gitdb smmap trimesh pytest pytest-xdist execnet iniconfig pluggy".split()  # what other steps load
 PARCEL = 55 << 20  # bytes
 RUN = "grpo_gr00t.py --device cpu --num-envs 16 --iterations 1 --eval-episodes 16 --exp-name parcels"
 LOADED = """

@@ -507,7 +507,7 @@ def add_view(cfg: Any, name: str, eye: tuple[float, ...], look_at: tuple[float, 
 def make_task(name: str, cfg: Any) -> tuple[Any, Any]:
     """Isaac Lab's environment, in which nothing ends but by `reset`, and a manager of the ends that a script watches.
 
-    The ends are `success` and the row's failures. Refuses a task with other columns than its row says.
+    The ends are `success`, the row's failures and `broken`. Refuses a task with other columns than its row says.
     """
     import gymnasium as gym
     from isaaclab.managers import TerminationManager, TerminationTermCfg
@@ -520,11 +520,23 @@ def make_task(name: str, cfg: Any) -> tuple[Any, Any]:
         ends["over"] = TerminationTermCfg(func=own_end)
     else:
         cfg.terminations = {}
+    ends["broken"] = TerminationTermCfg(func=broken)
     env = gym.make(task.isaac or name, cfg=cfg).unwrapped
     if direct:
         adapt_direct(env, task)
     check_columns(env, name)
     return env, TerminationManager(ends, env)
+
+
+def broken(env: Any) -> Tensor:
+    """(N,) whose physics blew up, with observations that are not finite; these become 0, or the weights were lost, too."""
+    import torch
+
+    groups = [env.obs_buf[name] for name in ("policy", "critic") if name in env.obs_buf]
+    found = ~torch.cat(groups, 1).isfinite().all(1)
+    for group in groups:
+        group.nan_to_num_(0.0, 0.0, 0.0)
+    return found
 
 
 def own_end(env: Any) -> Tensor:

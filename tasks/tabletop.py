@@ -449,10 +449,14 @@ class LiftEnv(ManagerBasedRLEnv):
         self.target = torch.zeros(cfg.scene.num_envs, dtype=torch.long, device=cfg.sim.device)
         super().__init__(cfg, **kwargs)
         if on_warp:
-            # at full line search iterations the kernels would print a line each, tens of thousands an episode
             from isaaclab_newton.physics import NewtonManager
+            from mujoco import mjtDisableBit
 
-            NewtonManager._solver.mjw_model.opt.warn_overflow = False
+            option = NewtonManager._solver.mjw_model.opt
+            # at full line search iterations the kernels would print a line each, tens of thousands an episode
+            option.warn_overflow = False
+            # boxes by the routine for boxes, as C MuJoCo does it: a GPU's compiler needs minutes for the one for all shapes
+            option.disableflags |= int(mjtDisableBit.mjDSBL_NATIVECCD)
             log.info("physics: Newton MuJoCo-Warp on %s", cfg.sim.device)
 
     @property

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.random_checkpoint import write_random
-from tasks.gr00t import TASKS, adapt_direct, check_columns, find_task, gripper_frame, own_end, task_config
+from tasks.gr00t import TASKS, adapt_direct, broken, check_columns, find_task, gripper_frame, own_end, task_config
 from tasks.stock import known_task
 
 STACK = "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor"
@@ -317,6 +317,15 @@ def test_a_direct_task_ends_nothing_by_itself():
     assert {name: tuple(x.shape) for name, x in env.obs_buf.items()} == {"policy": (2, 54), "critic": (2, 87)}
     env.single_action_space = SimpleNamespace(shape=(21,))
     check_columns(env, "Isaac-Humanoid-Direct")
+
+
+def test_a_world_whose_physics_blew_up_is_told_and_its_observations_are_finite():
+    policy, critic = torch.randn(4, 3), torch.randn(4, 2)
+    policy[1, 2], critic[3, 0] = float("nan"), float("inf")
+    env = SimpleNamespace(obs_buf={"policy": policy, "critic": critic})
+    assert broken(env).tolist() == [False, True, False, True]
+    assert policy[1, 2] == critic[3, 0] == 0 and broken(env).sum() == 0
+    assert not broken(SimpleNamespace(obs_buf={"policy": policy})).any()
 
 
 def test_dense_reward_of_a_task_without_rewards():

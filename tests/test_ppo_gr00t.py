@@ -64,6 +64,7 @@ class Episodes:
     def __init__(self, args: Args, script=MIXED):
         self.args, self.task, self.dense, self.ends = args, TASKS[TASK], args.reward == "dense", torch.tensor(script)
         self.num_envs, self.seeds, self.record = len(script), [], []
+        self.terminations = SimpleNamespace(get_term=lambda name: self.failure)
 
     def observe(self) -> TensorDict:
         return observation(self.args, self.num_envs, 100 * len(self.seeds) + self.steps, self.steps)
