@@ -7,8 +7,8 @@
 Rungs: 1 paths and exactness; 2 full-size rollout; 3 full-size update and memory; 4 the simulator; 5 the main job, tiny
 network; 6 the main job at full size, random weights. Every step is a process of its own with a time limit; its line goes to
 --out/results.jsonl as soon as it has ended, and the table beside it is written anew. A step that has succeeded on this
-device is not repeated. Steps that need Isaac Lab say so where it is not installed; benchmarks/parcels.py brings it to a
-machine without a network.
+device is not repeated. Steps that need Isaac Lab say so where it is not installed; the others need gymnasium, tensordict
+and tyro. benchmarks/parcels.py brings all of them to a machine without a network.
 """
 
 from __future__ import annotations
