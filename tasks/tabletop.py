@@ -455,7 +455,7 @@ class LiftEnv(ManagerBasedRLEnv):
             option = NewtonManager._solver.mjw_model.opt
             # at full line search iterations the kernels would print a line each, tens of thousands an episode
             option.warn_overflow = False
-            # boxes by the routine for boxes, as C MuJoCo does it: a GPU's compiler needs minutes for the one for all shapes
+            # boxes by the routine for boxes, as C MuJoCo does it: the two stay nearer, and a GPU's compiler is done sooner
             option.disableflags |= int(mjtDisableBit.mjDSBL_NATIVECCD)
             log.info("physics: Newton MuJoCo-Warp on %s", cfg.sim.device)
 

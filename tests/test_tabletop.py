@@ -206,6 +206,9 @@ with launch_simulation(cfg, argparse.Namespace(device="cpu", headless=True, enab
     for step in range(tabletop.HORIZON):
         _, _, terminated, truncated, _ = env.step(torch.zeros(16, 4))
     assert truncated.all() and not terminated.any()
+    from isaaclab_newton.physics import NewtonManager
+    from mujoco import mjtDisableBit
+    assert NewtonManager._solver.mjw_model.opt.disableflags & int(mjtDisableBit.mjDSBL_NATIVECCD)  # boxes as in C
     print("ENDS OK")
     env.close()
 """
