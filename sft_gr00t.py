@@ -144,10 +144,12 @@ def check(args: Args) -> Args:
 def find_teacher(run: str, task: str) -> tuple[Path, dict]:
     """The best checkpoint of a run of ppo_isaac.py, or a checkpoint itself, and its policy.json; refuses what does not fit."""
     folders = [folder for folder in (Path(run) / "checkpoints" / "best", Path(run)) if (folder / "policy.json").is_file()]
+    if not folders:
+        raise SystemExit(f"--expert {run}: no policy of ppo_isaac.py there (policy.json); leave out --expert for the scripted one")
     try:
         about = json.loads((folders[0] / "policy.json").read_text())
         row, actions, recurrent = find_task(about["task"], say=False), about["spaces"]["continuous"], about["recurrent"]
-    except (IndexError, OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"--expert {run}: no policy of ppo_isaac.py there ({error!r})") from error
     except SystemExit as error:
         raise SystemExit(f"--expert {run}: {error}") from error

@@ -593,9 +593,9 @@ def test_plain_line_and_events(capsys, monkeypatch):
     monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
     with make() as run:
         run._loop, clock[0] = run._start, 1100.0
-        run.log(0, METRICS, STAGES, 1000)  # the first iteration took 100 s: 9 more are 900 s
+        run.log(0, METRICS | {"rollout/broken": 0.0}, STAGES, 1000)  # the first iteration took 100 s: 9 more are 900 s
         run.event("saved [checkpoint]")
-        run.log(1, {"update/loss": 1.0}, {}, 1000)
+        run.log(1, {"update/loss": 1.0, "rollout/broken": 0.25}, {}, 1000)
     first, event, second = capsys.readouterr().out.splitlines()
     for part in ("iteration 1/10", "steps 1k", "env/s 2.5k", "+policy/s 1.25k", "+train/s 1k", "success 0.250",
                  "eval 0.500", "KL 0.012", "clip 0.125", "loss -0.5", "elapsed 0:01:40", "ETA 0:15:00"):  # fmt: skip
@@ -603,6 +603,7 @@ def test_plain_line_and_events(capsys, monkeypatch):
     assert event == "saved [checkpoint]" and event in (run.dir / "log.txt").read_text()
     assert "ETA 0:06:40" in second  # 100 s for two iterations, eight to go
     assert "loss 1" in second and "success" not in second and "\x1b" not in first
+    assert "broken 25.00%" in second and "broken" not in first  # worlds that blew up are shown, their absence is not
 
 
 def test_live_display():
