@@ -145,7 +145,9 @@ def find_teacher(run: str, task: str) -> tuple[Path, dict]:
     """The best checkpoint of a run of ppo_isaac.py, or a checkpoint itself, and its policy.json; refuses what does not fit."""
     folders = [folder for folder in (Path(run) / "checkpoints" / "best", Path(run)) if (folder / "policy.json").is_file()]
     if not folders:
-        raise SystemExit(f"--expert {run}: no policy of ppo_isaac.py there (policy.json); leave out --expert for the scripted one")
+        raise SystemExit(
+            f"--expert {run}: no policy of ppo_isaac.py there (policy.json); leave out --expert for the scripted one"
+        )
     try:
         about = json.loads((folders[0] / "policy.json").read_text())
         row, actions, recurrent = find_task(about["task"], say=False), about["spaces"]["continuous"], about["recurrent"]

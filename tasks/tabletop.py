@@ -12,6 +12,10 @@ physics (MuJoCo-Warp) and the Newton Warp renderer, so it runs on any NVIDIA GPU
 - termination `success`: the named cube is above `LIFT_HEIGHT` for `HOLD_STEPS` steps in a row while the other is not
 - episodes of `HORIZON` steps at 25 Hz
 
+`Tabletop-Suite-v0` is the same scene under ten instructions of four kinds, `SUITE`: lift, push to a side, stack, put in the
+middle. Only the instruction tells them apart. Every success is a function of the state as it is and belongs to one
+cube, so no episode needs to remember its start. Its `critic` has columns for what is asked (`suite_state`).
+
 On a CPU the worlds are stepped by C MuJoCo (`tasks/mujoco_c.py`) through the very model that Newton compiled, which is
 about ten times faster than Warp's kernels there. `physics=newton_mjwarp` switches back to Warp, `physics=mujoco_c` asks
 for C MuJoCo explicitly; the default chooses by device and says so in one log line.
@@ -20,6 +24,7 @@ for C MuJoCo explicitly; the default chooses by device and says so in one log li
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import gymnasium as gym
 import isaaclab.sim as sim_utils
@@ -65,6 +70,23 @@ GANTRY_LOW, GANTRY_HIGH, GANTRY_HOME = (-0.2, -0.2, 0.018), (0.2, 0.2, 0.22), (0
 SLOT_PITCH, ROW_OFFSET, JITTER, YAW = 0.07, 0.05, 0.015, 0.15  # start poses of the cubes [m, m, m, rad]
 STEP_DT, SUBSTEPS = 0.04, 8  # 25 Hz control, 200 Hz contact
 HORIZON = 32  # steps per episode
+
+SUITE_ID, SUITE_HORIZON = "Tabletop-Suite-v0", 48
+KINDS = ("lift", "push", "stack", "middle")
+SUITE = {  # instruction: kind, named cube, side along y (the camera sees +y on the right)
+    "lift the red cube": (0, 0, 0),
+    "lift the blue cube": (0, 1, 0),
+    "push the red cube to the left": (1, 0, -1),
+    "push the red cube to the right": (1, 0, 1),
+    "push the blue cube to the left": (1, 1, -1),
+    "push the blue cube to the right": (1, 1, 1),
+    "stack the red cube on the blue cube": (2, 0, 0),
+    "stack the blue cube on the red cube": (2, 1, 0),
+    "put the red cube in the middle": (3, 0, 0),
+    "put the blue cube in the middle": (3, 1, 0),
+}
+SIDE = 0.11  # a cube this far out lies at the side [m]; starts end at 0.085
+NEAR_MIDDLE, NEAR_STACK, NEAR_HEIGHT = 0.025, 0.018, 0.008  # tolerances [m]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -278,7 +300,7 @@ def reaching(env) -> torch.Tensor:
 
 
 class held(ManagerTermBase):  # noqa: N801 (a term is called like a function)
-    """Success: `lifted` for `steps` steps in a row, (N,) bool."""
+    """Success: `condition` for `steps` steps in a row, (N,) bool."""
 
     def __init__(self, cfg: TerminationTermCfg, env):
         super().__init__(cfg, env)
@@ -287,12 +309,12 @@ class held(ManagerTermBase):  # noqa: N801 (a term is called like a function)
     def reset(self, env_ids=None):
         self._count[slice(None) if env_ids is None else env_ids] = 0
 
-    def __call__(self, env, steps: int = HOLD_STEPS) -> torch.Tensor:
-        self._count = (self._count + 1) * lifted(env)
+    def __call__(self, env, steps: int = HOLD_STEPS, condition: Callable = lifted) -> torch.Tensor:
+        self._count = (self._count + 1) * condition(env)
         return self._count >= steps
 
 
-def randomise_start(env, env_ids: torch.Tensor, gantry_share: float = 0.0):
+def randomise_start(env, env_ids: torch.Tensor, gantry_share: float = 0.0, asked: tuple[int, ...] = (0, 1)):
     """Draw episode starts: one cube in each row (random side), in one of three slots with jitter and yaw; a random target.
 
     Args:
@@ -300,6 +322,7 @@ def randomise_start(env, env_ids: torch.Tensor, gantry_share: float = 0.0):
         env_ids: indices of the environments to reset.
         gantry_share: share of episodes that start from a random gripper pose, some with the fingers part closed,
             instead of home; demonstrations use it to show recoveries.
+        asked: instructions to draw from, as indices.
     """
     ids = torch.arange(env.num_envs, device=env.device)[env_ids]
     n, scene = len(ids), env.scene
@@ -328,7 +351,62 @@ def randomise_start(env, env_ids: torch.Tensor, gantry_share: float = 0.0):
         scene[colour].write_root_pose_to_sim_index(root_pose=pose, env_ids=ids.int())
         still = torch.zeros(n, 6, device=env.device)
         scene[colour].write_root_velocity_to_sim_index(root_velocity=still, env_ids=ids.int())
-    env.target[ids] = torch.randint(0, 2, (n,), device=env.device)
+    env.target[ids] = torch.tensor(asked, device=env.device)[torch.randint(0, len(asked), (n,), device=env.device)]
+
+
+def asked_for(env) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the suite's instructions ask for: kind, named cube, side, each (N,) int64."""
+    return tuple(torch.tensor(list(SUITE.values()), device=env.device)[env.target].T)
+
+
+def named_first(env, named: torch.Tensor) -> torch.Tensor:
+    """Centres of the named and of the other cube, (N, 2, 3) [m]."""
+    cubes = cube_positions(env)
+    return torch.where(named[:, None, None] == 0, cubes, cubes.flip(1))
+
+
+def place(env) -> torch.Tensor:
+    """Where the named cube's centre has to go if it is to be stacked or put in the middle, (N, 3) [m].
+
+    The middle gives way to the other cube where that lies near it, by less than `NEAR_MIDDLE`.
+    """
+    kind, named, _ = asked_for(env)
+    other = named_first(env, named)[:, 1]
+    on_top = other + torch.tensor([0.0, 0.0, CUBE], device=env.device)
+    middle = torch.zeros_like(other)
+    gap = CUBE + 0.008 - other[:, 0].abs()  # by how much a cube in the middle would be too near
+    gap = torch.where(other[:, 1].abs() < CUBE + 0.01, gap.clamp(0.0, 0.02), torch.zeros_like(gap))
+    middle[:, 0], middle[:, 2] = -gap * other[:, 0].sign(), CUBE / 2
+    return torch.where((kind == KINDS.index("stack"))[:, None], on_top, middle)
+
+
+def fulfilled(env) -> torch.Tensor:
+    """True where the scene is as the instruction asks, and fingers have let go of what was put somewhere, (N,) bool."""
+    kind, named, side = asked_for(env)
+    cube, other = named_first(env, named).unbind(1)
+    lies, other_lies = cube[:, 2] < CUBE, other[:, 2] < CUBE
+    free = joint_positions(env)[:, 3:].sum(1) > CUBE + 0.02
+    raised = (cube[:, 2] > LIFT_HEIGHT) & (other[:, 2] <= LIFT_HEIGHT)
+    aside = (cube[:, 1] * side > SIDE) & (other[:, 1].abs() < SIDE) & lies & other_lies
+    offset = cube - other
+    stacked = (offset[:, :2].norm(dim=1) < NEAR_STACK) & ((offset[:, 2] - CUBE).abs() < NEAR_HEIGHT) & other_lies & free
+    middle = (cube[:, :2].norm(dim=1) < NEAR_MIDDLE) & lies & other_lies & free
+    return torch.stack([raised, aside, stacked, middle], 1).gather(1, kind[:, None])[:, 0]
+
+
+def suite_state(env) -> torch.Tensor:
+    """What only a simulator knows, (N, 31), the named cube always first.
+
+    Cube positions (6), velocities (6), offsets from the gripper (6), joint positions (5), offset of the named cube from
+    where it is to be put (3), kind (4), side (1).
+    """
+    kind, named, side = asked_for(env)
+    joints, cubes = joint_positions(env), named_first(env, named)
+    velocities = torch.stack([env.scene[c].data.root_lin_vel_w.torch for c in COLOURS], 1)
+    velocities = torch.where(named[:, None, None] == 0, velocities, velocities.flip(1))
+    kinds = torch.nn.functional.one_hot(kind, len(KINDS)).float()
+    parts = cubes.flatten(1), velocities.flatten(1), (cubes - joints[:, None, :3]).flatten(1), joints
+    return torch.cat([*parts, place(env) - cubes[:, 0], kinds, side[:, None].float()], 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -465,39 +543,102 @@ class LiftEnv(ManagerBasedRLEnv):
         return [INSTRUCTIONS[i] for i in self.target.tolist()]
 
 
+@configclass
+class SuiteEnvCfg(LiftEnvCfg):
+    """The same scene, ten instructions."""
+
+    episode_length_s = SUITE_HORIZON * STEP_DT
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.observations.critic.state = ObservationTermCfg(func=suite_state)
+        self.rewards = {}
+        self.terminations.success.params = {"condition": fulfilled}
+        self.events.reset.params["asked"] = tuple(range(len(SUITE)))
+
+
+class SuiteEnv(LiftEnv):
+    """`LiftEnv` whose `target` is an index into `SUITE`."""
+
+    @property
+    def instructions(self) -> list[str]:
+        """The instruction of every environment (one transfer to the host)."""
+        return [list(SUITE)[i] for i in self.target.tolist()]
+
+
 gym.register(
     TASK_ID,
     entry_point=f"{__name__}:LiftEnv",
     disable_env_checker=True,
     kwargs={"env_cfg_entry_point": f"{__name__}:LiftEnvCfg"},
 )
+gym.register(
+    SUITE_ID,
+    entry_point=f"{__name__}:SuiteEnv",
+    disable_env_checker=True,
+    kwargs={"env_cfg_entry_point": f"{__name__}:SuiteEnvCfg"},
+)
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Scripted expert
+# Scripted experts
 # ------------------------------------------------------------------------------------------------------------------
-def expert_action(env: LiftEnv) -> torch.Tensor:
-    """Closed-loop expert on privileged state: descend in a funnel over the named cube, close, lift; re-open after a miss.
+def pick(env, goal: torch.Tensor, height: float | torch.Tensor = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Descend in a funnel over a cube, close, lift; re-open after a miss.
 
     Args:
-        env: the environment; reads its joints, cubes and target.
+        env: the environment; its joints are read.
+        goal: the cube's centre, (N, 3) [m].
+        height: to lift it to [m].
 
     Returns:
-        Actions, (N, 4), without memory between calls.
+        Actions (N, 4), without memory between calls, and where the cube is in the fingers, (N,) bool.
     """
     joints = joint_positions(env)
     grip, width = joints[:, :3], joints[:, 3:].sum(1)
-    goal = cube_positions(env)[torch.arange(env.num_envs, device=env.device), env.target]
     delta = goal - grip
     lateral = delta[:, :2].norm(dim=1)
     near = (lateral < 0.018) & (delta[:, 2].abs() < 0.02)
     centred = (lateral < 0.010) & (delta[:, 2].abs() < 0.008)
     closing = near & (centred | (width < 2 * FINGER_OPEN - 0.015))
     grasped = near & (width < CUBE + 0.012)
-    height = goal[:, 2] + (3 * (lateral - 0.01)).clamp(0.0, 0.07)  # stay above the cube until centred over it
-    height = torch.where(grasped, torch.full_like(height, 0.2), height)
+    above = goal[:, 2] + (3 * (lateral - 0.01)).clamp(0.0, 0.07)  # stay above the cube until centred over it
+    height = torch.where(grasped, torch.as_tensor(height, device=env.device), above)
     action = torch.zeros(env.num_envs, 4, device=env.device)
     action[:, :2] = torch.where(closing[:, None], 0.0, (0.5 * delta[:, :2] / MAX_STEP).clamp(-1, 1))
     action[:, 2] = torch.where(closing & ~grasped, 0.0, (0.6 * (height - grip[:, 2]) / MAX_STEP).clamp(-1, 1))
     action[:, 3] = torch.where(closing, -1.0, 1.0)
-    return action
+    return action, grasped
+
+
+def expert_action(env: LiftEnv) -> torch.Tensor:
+    """Closed-loop expert on privileged state for the lift task: (N, 4) actions, without memory between calls."""
+    goal = cube_positions(env)[torch.arange(env.num_envs, device=env.device), env.target]
+    return pick(env, goal)[0]
+
+
+def suite_expert(env: SuiteEnv) -> torch.Tensor:
+    """Closed-loop expert for the suite: (N, 4) actions, without memory between calls.
+
+    A cube is pushed from between the open fingers; what is to be put somewhere is carried above its place, lowered, let go.
+    """
+    kind, named, side = asked_for(env)
+    joints, cube, goal = joint_positions(env), named_first(env, named)[:, 0], place(env)
+    action, grasped = pick(env, cube)
+    delta, push = cube - joints[:, :3], kind == KINDS.index("push")
+
+    between = (delta[:, 0].abs() < 0.012) & (delta[:, 1].abs() < FINGER_OPEN) & (delta[:, 2].abs() < 0.012)
+    along = torch.stack([0.5 * delta[:, 0] / MAX_STEP, side, 0.6 * delta[:, 2] / MAX_STEP, torch.ones_like(side)], 1)
+    action[:, 3] = torch.where(push, 1.0, action[:, 3])
+    action = torch.where((push & between)[:, None], along.clamp(-1, 1), action)
+
+    offset, puts = goal - cube, kind >= KINDS.index("stack")
+    lateral, open_ = offset[:, :2].norm(dim=1), joints[:, 3:].sum(1) > CUBE + 0.02
+    there = (lateral < 0.012) & (offset[:, 2].abs() < 0.006)
+    up = offset[:, 2] + (3 * (lateral - 0.01)).clamp(0.0, 0.06)
+    clear = (offset[:, 2] < -0.03) | (lateral < 0.02)  # of the other cube: first up, then aside
+    aside = (0.3 * offset[:, :2] * clear[:, None] / MAX_STEP).clamp(-0.5, 0.5)  # faster, and it slips out of the fingers
+    carry = torch.cat([aside, (0.6 * up[:, None] / MAX_STEP).clamp(-1, 1), torch.full_like(aside[:, :1], -1.0)], 1)
+    leave = torch.stack([0 * up, 0 * up, open_.float(), torch.ones_like(up)], 1)
+    action = torch.where((puts & grasped & ~there)[:, None], carry, action)
+    return torch.where((puts & there)[:, None], leave, action)

@@ -1,0 +1,81 @@
+"""The suite of instructions in the embedded scene: experts, successes that exclude each other, the privileged state."""
+
+import pytest
+import torch
+
+N = 160
+SUITE = "Tabletop-Suite-v0"
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+    from tests.sim import chunk_env
+
+    with chunk_env(tmp_path_factory.mktemp("simulator"), N, task=SUITE) as env:
+        yield env
+
+
+def test_the_row_has_the_suites_instructions(env):
+    from tasks import tabletop
+
+    assert env.task.instructions == tuple(tabletop.SUITE) and env.task.horizon == tabletop.SUITE_HORIZON
+    env.reset(seed=1)
+    assert set(env.env.target.tolist()) == set(range(10))
+    assert env.env.instructions == [env.task.instructions[i] for i in env.env.target.tolist()]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_experts_do_what_is_asked_and_nothing_else(env, share):
+    """At least 95% of fresh episodes of each instruction, 90% where a cube is stacked; of demonstrations' starts, too."""
+    from tasks import tabletop
+
+    start, done, also = env.env.event_manager.get_term_cfg("reset"), torch.zeros(10), torch.zeros(10)
+    try:
+        start.params["gantry_share"] = share
+        for seed in (21, 22, 23, 24):
+            env.reset(seed=seed)
+            asked = torch.arange(N) % 10
+            env.env.target[:] = asked
+            assert not tabletop.fulfilled(env.env).any()
+            for _ in range(tabletop.SUITE_HORIZON):
+                env.step_chunk(tabletop.suite_expert(env.env)[:, None], last=True)
+            done += env.success.view(-1, 10).float().mean(0) / 4
+            for other in range(1, 10):  # what the scene would be worth under another instruction
+                env.env.target[:] = (asked + other) % 10
+                also += (tabletop.fulfilled(env.env) & env.success).view(-1, 10).float().mean(0) / 4
+    finally:
+        start.params["gantry_share"] = 0.0
+    stack = torch.tensor([kind == tabletop.KINDS.index("stack") for kind, _, _ in tabletop.SUITE.values()])
+    assert (done >= torch.where(stack, 0.9, 0.95)).all(), dict(zip(tabletop.SUITE, done.tolist()))
+    assert also.max() < 0.05, dict(zip(tabletop.SUITE, also.tolist()))  # a cube that was knocked aside
+
+
+def test_what_is_put_somewhere_has_to_be_let_go(env):
+    """A cube on the other counts once the fingers are open, for some steps in a row, and only if it is the named one."""
+    from tasks import tabletop
+
+    env.reset(seed=2)
+    scene, robot = env.env.scene, env.env.scene["robot"]
+    env.env.target[:] = torch.where(torch.arange(N) % 2 == 0, 6, 7)  # red on blue, blue on red
+    for name, z in (("red", 1.5 * tabletop.CUBE), ("blue", 0.5 * tabletop.CUBE)):
+        pose = torch.zeros(N, 7)
+        pose[:, 2], pose[:, 6] = z, 1.0
+        scene[name].write_root_pose_to_sim_index(root_pose=pose, env_ids=torch.arange(N).int())
+    for width, expected in ((0.02, False), (0.05, True)):
+        joints = torch.tensor([[0.0, 0.0, 0.2, width, width]]).repeat(N, 1)
+        robot.write_joint_state_to_sim_index(position=joints, velocity=torch.zeros_like(joints), env_ids=torch.arange(N).int())
+        assert torch.equal(tabletop.fulfilled(env.env), (env.env.target == 6) & expected)
+
+
+def test_the_privileged_state_names_what_is_asked(env):
+    from tasks import tabletop
+
+    env.reset(seed=3)
+    obs, cubes = env.env.observation_manager.compute()["critic"], tabletop.cube_positions(env.env)
+    assert obs.shape == (N, 31)
+    for row, cube, instruction in zip(obs, cubes, env.env.instructions):
+        kind, named, side = tabletop.SUITE[instruction]
+        assert torch.allclose(row[:6], torch.cat([cube[named], cube[1 - named]]))
+        assert row[26:30].tolist() == [float(k == kind) for k in range(4)] and row[30] == side
+        if kind == tabletop.KINDS.index("stack"):
+            assert torch.allclose(row[23:26], cube[1 - named] + torch.tensor([0, 0, tabletop.CUBE]) - cube[named])
