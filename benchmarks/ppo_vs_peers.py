@@ -80,6 +80,7 @@ class Args:
     threads: int | None = None  # OMP_NUM_THREADS of every run; None: as it is
     warmup: bool = True  # begin with 2 rollouts of rsl_rl that are thrown away: Isaac Lab compiles its kernels
     same_settings: bool = False  # ppo_isaac with rsl_rl's network, batch and coefficients instead of its own
+    overrides: tuple[str, ...] = ()  # Isaac Lab's key=value overrides of the task, for every library
     window: int = 10  # rollouts of rsl_rl that a smoothed return covers
     out_dir: Path | None = None  # default: runs/ppo_vs_peers/<time>
     report: Path | None = None  # make table.md and curves.png of that folder again, and nothing else
@@ -213,7 +214,7 @@ def env_cfg(args: Args):
     """The task's environment settings; the same for every library."""
     from tasks.stock import task_config
 
-    cfg = task_config(args.task, args.device, args.num_envs, None, (), {})
+    cfg = task_config(args.task, args.device, args.num_envs, None, args.overrides, {})
     cfg.compute_final_obs = False  # which ppo_isaac asks for itself
     cfg.seed = args.seed
     return cfg
@@ -222,9 +223,10 @@ def env_cfg(args: Args):
 def registered(task: str, lib: str):
     """The settings that Isaac Lab registers for a task and a library (a copy: an object for rsl_rl, else a dict)."""
     import isaaclab_tasks  # noqa: F401
+    from isaaclab_tasks.utils.hydra import resolve_presets
     from isaaclab_tasks.utils.parse_cfg import load_cfg_from_registry
 
-    cfg = load_cfg_from_registry(task, f"{lib}_cfg_entry_point")
+    cfg = resolve_presets(load_cfg_from_registry(task, f"{lib}_cfg_entry_point"))
     if lib == "rsl_rl":
         from isaaclab_rl.rsl_rl import handle_deprecated_rsl_rl_cfg
 
@@ -313,6 +315,7 @@ def plan_ppo_isaac(args: Args) -> Plan:
         num_envs=args.num_envs,
         seed=args.seed,
         device=args.device,
+        overrides=args.overrides,
         exp_name="run",
         eval_episodes=0,
         save_every=10**9,
@@ -665,6 +668,7 @@ def main(args: Args) -> None:
         flags = f"--task {args.task} --num-envs {args.num_envs} --device {args.device} --iterations {iterations} --seed {seed}"
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", lib, *flags.split()]
         command += ["--out", str(out), "--assets", assets, *(["--same-settings"] if args.same_settings else [])]
+        command += ["--overrides", *args.overrides] if args.overrides else []
         print(f"{out.stem} ...", end=" ", flush=True)
         start, log = time.monotonic(), folder / f"{out.stem}.log"
         with open(log, "w", encoding="utf-8") as file:
