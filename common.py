@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -450,7 +450,7 @@ class Metrics:
 
         Args:
             where: bool, of x's shape: what counts; all by default.
-            by: (groups, number of groups), int64 of x's shape: logs the mean of each group as <name>_k<group>, too.
+            by: (groups, number of groups), int64 of x's shape: logs the mean of each of several groups as <name>_k<group>, too.
         """
         import torch
 
@@ -458,7 +458,7 @@ class Metrics:
         x = x if where is None else torch.where(where, x, 0.0)
         self._add("mean", name, x.sum())
         self._add("count", name, x.numel() if where is None else where.sum())
-        if by is not None:
+        if by is not None and by[1] > 1:
             k, n = by[0].reshape(-1), by[1]
             count = torch.ones_like(x) if where is None else where.float()
             self._add("mean", f"{name}_k", x.new_zeros(n).index_add(0, k, x.reshape(-1)))
@@ -635,7 +635,28 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1].parent if found else None
 
 
-def success_text(result: dict[str, float]) -> str:
+def success_rates(names: Sequence[str], successes: Sequence[float], episodes: Sequence[float]) -> dict[str, Any]:
+    """Success rate of an evaluation with its Wilson 95% interval, of all together and of each instruction.
+
+    Args:
+        names: the instructions; one alone gets no entry of its own.
+        successes, episodes: counts of each.
+
+    Returns:
+        mean, low, high, episodes; `instructions`: the same for each of several that had episodes.
+    """
+
+    def rate(count: float, of: float) -> dict[str, Any]:
+        low, high = wilson_interval(count, of)
+        return {"mean": count / of, "low": low, "high": high, "episodes": int(of)}
+
+    found = rate(sum(successes), sum(episodes))
+    if len(names) > 1:
+        found["instructions"] = {name: rate(n, of) for name, n, of in zip(names, successes, episodes) if of}
+    return found
+
+
+def success_text(result: dict[str, Any]) -> str:
     """A success rate with its interval, in words; `result` as an evaluation returns it, empty without one."""
     return "{mean:.3f} [{low:.3f}, {high:.3f}] of {episodes} episodes".format(**result) if result else "not measured"
 
@@ -1033,6 +1054,8 @@ class Run:
         for name, value in figures.items():
             if isinstance(value, dict) and "low" in value:
                 self.event(f"{name.replace('_', ' ')}: {success_text(value)}")
+                for text, rate in value.get("instructions", {}).items():
+                    self.event(f"    {text}: {success_text(rate)}")
         stages = self.state["stages"]
         about = {name: self.args[name] for name in ("task", "seed", "checkpoint", "num_envs") if name in self.args}
         about |= {"script": self.script.stem, "device": self.device, "world_size": self.ranks.world}

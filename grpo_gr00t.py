@@ -28,11 +28,11 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
-from common import Metrics, Noise, Ranks, Run, StageTimer, group_advantages, wilson_interval
+from common import Metrics, Noise, Ranks, Run, StageTimer, group_advantages, success_rates
 from common import check_not_negative, check_positive, pick_device, run_name, saved_args
 from gr00t_n1d5.embodiment import check_checkpoint
 from gr00t_n1d5.files import is_full_size
@@ -332,8 +332,9 @@ def advantages(samples: TensorDict, success: Tensor, args: Args, ranks: Ranks, l
     total, count = ranks.reduce(torch.stack([weight.sum(), keep.sum()]))
     samples["weight"] = weight * (count / total.clamp(min=1e-12))  # mean 1 over all ranks
     samples["advantage"] = advantage.expand_as(keep)
-    log.mean("rollout/success", success)
-    log.mean("rollout/zero_variance_share", ~mixed)
+    asked = (samples["prompt"][0], len(TASKS[args.task].texts(args.instruction)))  # (N,), of so many instructions
+    log.mean("rollout/success", success, by=asked)
+    log.mean("rollout/zero_variance_share", ~mixed, by=asked)
     log.sum("rollout/samples", keep)
     log.mean("rollout/log_prob", samples["log_prob"])  # not a number if the policy is lost
     return keep
@@ -451,23 +452,23 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
 
 # ======== evaluate ====================================================================================================
 @torch.no_grad()
-def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explore: bool = False) -> dict[str, float]:
+def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explore: bool = False) -> dict[str, Any]:
     """Success on fixed episodes, by the ODE (or the exploring sampler), with its Wilson 95% interval.
 
     Returns:
-        mean, low, high, episodes; empty with --eval-episodes 0.
+        mean, low, high, episodes; the same for each of several instructions; empty with --eval-episodes 0.
     """
     if not args.eval_episodes:
         return {}
-    successes, batches, T = [], math.ceil(args.eval_episodes / args.num_envs), env.task.horizon // policy.chunk
+    batches, T = math.ceil(args.eval_episodes / args.num_envs), env.task.horizon // policy.chunk
+    tally = torch.zeros(2, len(policy.texts), device=args.device)  # successes and episodes of each instruction
     for b in range(batches):
         obs, noise = env.reset(episode_seed(args.eval_seed, b, ranks)), Noise(args.device, ranks, args.eval_seed, b)
+        prompt = obs["prompt"]
         for t in range(T):
             obs = env.step_chunk(policy.act(obs, noise, explore)["action"], last=t + 1 == T)
-        successes.append(env.success.sum())
-    count, episodes = float(ranks.reduce(torch.stack(successes).sum())), batches * args.num_envs
-    low, high = wilson_interval(count, episodes)
-    return {"mean": count / episodes, "low": low, "high": high, "episodes": episodes}
+        tally.index_add_(1, prompt, torch.stack([env.success, torch.ones_like(env.success)]).float())
+    return success_rates(policy.texts, *ranks.reduce(tally).tolist())
 
 
 @torch.no_grad()

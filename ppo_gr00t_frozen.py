@@ -26,11 +26,11 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
-from common import Metrics, Noise, Ranks, Run, StageTimer, gae, merge_moments, standardize, wilson_interval
+from common import Metrics, Noise, Ranks, Run, StageTimer, gae, merge_moments, standardize, success_rates
 from common import check_not_negative, check_positive, pick_device, run_name, saved_args
 from gr00t_n1d5.embodiment import check_checkpoint
 from gr00t_n1d5.files import is_full_size
@@ -411,7 +411,8 @@ def advantages(samples: TensorDict, success: Tensor, args: Args, ranks: Ranks, l
     mean, square, error_mean, error_square = ranks.reduce(moments) / n
     spread, rest = square - mean**2, error_square - error_mean**2
     log.mean("update/explained_variance", torch.where(spread > 1e-8, 1 - rest / spread, 0.0))
-    log.mean("rollout/success", success)
+    asked = (samples["prompt"][0], len(TASKS[args.task].texts(args.instruction)))  # (N,), of so many instructions
+    log.mean("rollout/success", success, by=asked)
     log.mean("rollout/reward", reward, where=keep)
     log.mean("rollout/value", value, where=keep)
     log.sum("rollout/samples", keep)
@@ -549,23 +550,23 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
 
 # ======== evaluate ====================================================================================================
 @torch.no_grad()
-def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explore: bool = False) -> dict[str, float]:
+def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explore: bool = False) -> dict[str, Any]:
     """Success on fixed episodes, by the ODE (or the exploring sampler), with its Wilson 95% interval.
 
     Returns:
-        mean, low, high, episodes; empty with --eval-episodes 0.
+        mean, low, high, episodes; the same for each of several instructions; empty with --eval-episodes 0.
     """
     if not args.eval_episodes:
         return {}
-    successes, batches, T = [], math.ceil(args.eval_episodes / args.num_envs), env.task.horizon // policy.chunk
+    batches, T = math.ceil(args.eval_episodes / args.num_envs), env.task.horizon // policy.chunk
+    tally = torch.zeros(2, len(policy.texts), device=args.device)  # successes and episodes of each instruction
     for b in range(batches):
         obs, noise = env.reset(episode_seed(args.eval_seed, b, ranks)), Noise(args.device, ranks, args.eval_seed, b)
+        prompt = obs["prompt"]
         for t in range(T):
             obs = env.step_chunk(policy.act(obs, noise, explore)["action"], last=t + 1 == T)
-        successes.append(env.success.sum())
-    count, episodes = float(ranks.reduce(torch.stack(successes).sum())), batches * args.num_envs
-    low, high = wilson_interval(count, episodes)
-    return {"mean": count / episodes, "low": low, "high": high, "episodes": episodes}
+        tally.index_add_(1, prompt, torch.stack([env.success, torch.ones_like(env.success)]).float())
+    return success_rates(policy.texts, *ranks.reduce(tally).tolist())
 
 
 @torch.no_grad()

@@ -277,6 +277,16 @@ def test_import_is_light():
 # ---------------------------------------------------------------- Wilson, statistics, files
 
 
+def test_success_rates_of_several_instructions():
+    found = common.success_rates(["a", "b", "c"], [3.0, 0.0, 0.0], [4.0, 6.0, 0.0])  # of c there was none
+    assert found["mean"] == 0.3 and found["episodes"] == 10 and (found["low"], found["high"]) == common.wilson_interval(3, 10)
+    assert {name: (x["mean"], x["episodes"]) for name, x in found["instructions"].items()} == {"a": (0.75, 4), "b": (0.0, 6)}
+    assert "instructions" not in common.success_rates(["a"], [1.0], [2.0])
+    with make() as run:
+        run.result(ode_success=found)
+    assert "ode success: 0.300 " in (text := (run.dir / "log.txt").read_text()) and "    a: 0.750 [" in text
+
+
 def test_wilson_interval():
     # the bounds solve (p - q)^2 = z^2 q (1 - q) / n: checked by substitution, not by the same formula
     for k, n in ((1, 10), (39, 100), (9, 10)):

@@ -1,6 +1,7 @@
 """Whole runs of the scripts, by their command lines, in the real simulator on a CPU with the shipped tiny checkpoint."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -103,12 +104,16 @@ def test_summary_is_complete_and_consistent(whole):
     for name in ("ode_success_before", "ode_success_after", "sde_success"):
         result = found[name]
         assert 0 <= result["low"] <= result["mean"] <= result["high"] <= 1 and result["episodes"] == 32
+        own = result["instructions"]
+        assert set(own) == {"lift the red cube", "lift the blue cube"} and sum(x["episodes"] for x in own.values()) == 32
+        assert math.isclose(sum(x["mean"] * x["episodes"] for x in own.values()), 32 * result["mean"])
     assert found["seconds"] > 0 and found["peak_memory_gb"] > 0 and 0 <= found["zero_variance_share"] <= 1
     speed = found["steps_per_second"]
     assert speed["env"] > speed["policy"] > speed["train"] > 0
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3] and rows[3]["episodes"] == 4 * 32
     assert rows[0]["update/first_ratio_error"] <= 1e-5 and rows[0]["update/kl_base"] == 0
     assert rows[3]["update/kl_base"] == found["kl_to_base"] > 0
+    assert {"rollout/success_k0", "rollout/success_k1", "rollout/zero_variance_share_k1"} <= set().union(*rows)
     assert rows[3]["eval/ode_success"] == found["ode_success_after"]["mean"]
 
 
