@@ -635,25 +635,34 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1].parent if found else None
 
 
-def success_rates(names: Sequence[str], successes: Sequence[float], episodes: Sequence[float]) -> dict[str, Any]:
+def success_rates(
+    names: Sequence[str], successes: Sequence[float], episodes: Sequence[float], notes: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Success rate of an evaluation with its Wilson 95% interval, of all together and of each instruction.
 
     Args:
         names: the instructions; one alone gets no entry of its own.
         successes, episodes: counts of each.
+        notes: what is to be said of some of them, which are then left out of the whole.
 
     Returns:
-        mean, low, high, episodes; `instructions`: the same for each of several that had episodes.
+        mean, low, high, episodes; `instructions`: the same, and its note, for each of several that had episodes.
     """
 
-    def rate(count: float, of: float) -> dict[str, Any]:
+    def rate(count: float, of: float, **note: str) -> dict[str, Any]:
         low, high = wilson_interval(count, of)
-        return {"mean": count / of, "low": low, "high": high, "episodes": int(of)}
+        return {"mean": count / of, "low": low, "high": high, "episodes": int(of), **note}
 
-    found = rate(sum(successes), sum(episodes))
-    if len(names) > 1:
-        found["instructions"] = {name: rate(n, of) for name, n, of in zip(names, successes, episodes) if of}
-    return found
+    if len(names) == 1:
+        return rate(*successes, *episodes)
+    each, whole = {}, [0.0, 0.0]
+    for name, n, of in zip(names, successes, episodes):
+        note = {"note": notes[name]} if notes and name in notes else {}
+        if of:
+            each[name] = rate(n, of, **note)
+        if not note:
+            whole = [whole[0] + n, whole[1] + of]
+    return rate(*whole) | {"instructions": each}
 
 
 def success_text(result: dict[str, Any]) -> str:
@@ -1055,7 +1064,8 @@ class Run:
             if isinstance(value, dict) and "low" in value:
                 self.event(f"{name.replace('_', ' ')}: {success_text(value)}")
                 for text, rate in value.get("instructions", {}).items():
-                    self.event(f"    {text}: {success_text(rate)}")
+                    note = f" ({rate['note']})" if "note" in rate else ""
+                    self.event(f"    {text}{note}: {success_text(rate)}")
         stages = self.state["stages"]
         about = {name: self.args[name] for name in ("task", "seed", "checkpoint", "num_envs") if name in self.args}
         about |= {"script": self.script.stem, "device": self.device, "world_size": self.ranks.world}

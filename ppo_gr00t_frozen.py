@@ -34,7 +34,7 @@ from common import Metrics, Noise, Ranks, Run, StageTimer, gae, merge_moments, s
 from common import check_not_negative, check_positive, pick_device, run_name, saved_args
 from gr00t_n1d5.embodiment import check_checkpoint
 from gr00t_n1d5.files import is_full_size
-from tasks.gr00t import TASKS, Prompts, find_task, make_task, refresh_observations, task_config
+from tasks.gr00t import TASKS, Prompts, asking, find_task, make_task, refresh_observations, task_config
 
 HERE = Path(__file__).resolve().parent
 PARENT = "grpo_gr00t.py"
@@ -371,7 +371,7 @@ class Gr00tActor(Gr00tPolicy):
 def rollout(env: ChunkEnv, policy: Gr00tActor, args: Args, iteration: int, ranks: Ranks, timer: StageTimer) -> TensorDict:
     """One episode per environment: (T, N) samples, T chunks per episode."""
     noise, T = Noise(args.device, ranks, args.seed, iteration), env.task.horizon // policy.chunk
-    with timer("env"):
+    with timer("env"), asking(env, tuple(env.task.kept_out)):
         obs = env.reset(episode_seed(args.seed, iteration * T, ranks))
     features = policy.feature_buffer(T, len(obs), args.feature_cache)  # (T, N, L, D)
     for t in range(T):
@@ -566,7 +566,7 @@ def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explor
         for t in range(T):
             obs = env.step_chunk(policy.act(obs, noise, explore)["action"], last=t + 1 == T)
         tally.index_add_(1, prompt, torch.stack([env.success, torch.ones_like(env.success)]).float())
-    return success_rates(policy.texts, *ranks.reduce(tally).tolist())
+    return success_rates(policy.texts, *ranks.reduce(tally).tolist(), env.task.kept_out)
 
 
 @torch.no_grad()

@@ -41,7 +41,8 @@ import tyro
 from common import Metrics, Noise, Ranks, Run, check_not_negative, check_positive, pick_device, run_name, success_rates
 from gr00t_n1d5.embodiment import check_checkpoint, check_network, refuse_checkpoint
 from gr00t_n1d5.files import is_full_size
-from tasks.gr00t import TASKS, Prompts, copy_leaders, find_task, make_task, own_observation, refresh_observations, task_config
+from tasks.gr00t import TASKS, Prompts, asking, copy_leaders, find_task, make_task, own_observation, refresh_observations
+from tasks.gr00t import task_config
 
 PARENT = "grpo_gr00t.py"
 DIFFERS = {"Args", "parse", "check", "make_env", "Gr00tActor", "learning_rate", "train", "main"}
@@ -362,7 +363,8 @@ def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> 
     apart = horizon + ASTRAY if task.demo_noise else 1
     for b in range(batches + 1):
         seed, kept, actions = episode_seed(args.seed, b, ranks), [], []
-        obs, noise = env.reset(seed), torch.Generator(args.device).manual_seed(seed)
+        with asking(env, task.unseen):
+            obs, noise = env.reset(seed), torch.Generator(args.device).manual_seed(seed)
         moments = np.arange(apart + rng.integers(apart), latest + 1, apart)
         times = {0, *rng.choice(moments, min(args.frames - 1, len(moments)), replace=False).tolist()}
         for t in range(T):
@@ -513,7 +515,7 @@ def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explor
         for t in range(T):
             obs = env.step_chunk(policy.act(obs, noise, explore)["action"], last=t + 1 == T)
         tally.index_add_(1, prompt, torch.stack([env.success, torch.ones_like(env.success)]).float())
-    return success_rates(policy.texts, *ranks.reduce(tally).tolist())
+    return success_rates(policy.texts, *ranks.reduce(tally).tolist(), env.task.kept_out)
 
 
 # ======== main ========================================================================================================

@@ -14,13 +14,14 @@ episodes would not be alike.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,9 @@ class Task:
     overrides: tuple[str, ...] = ()  # Isaac Lab's
     prepare: Callable[[Any], None] | None = None  # changes the configuration further
     target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
+    untrained: tuple[str, ...] = ()  # instructions that only imitation and evaluations ask for, not RL
+    unseen: tuple[str, ...] = ()  # that only evaluations ask for
+    draws: str | None = None  # event term whose parameter `asked`, indices of instructions, is what starts draw from
     expert: Callable[[Any], Tensor] | None = None  # actions (N, d) for the env as it is, which demonstrate the task
     demo_steps: int | None = None  # within which it is mostly done; None: the horizon
     action_limit: float | None = None  # beyond which the task clips all actions; demonstrations have none
@@ -68,6 +72,11 @@ class Task:
     def texts(self, instruction: str | None) -> tuple[str, ...]:
         """The instructions of a run: the one that is asked for, or the task's own."""
         return (instruction,) if instruction else self.instructions
+
+    @property
+    def kept_out(self) -> dict[str, str]:
+        """Instructions that RL does not train, and what is said of them where they are evaluated."""
+        return dict.fromkeys(self.untrained, "imitation alone") | dict.fromkeys(self.unseen, "never seen")
 
     @property
     def modalities(self) -> dict[str, Any]:
@@ -266,6 +275,9 @@ TASKS = {
             "put the blue cube in the middle",
         ),
         target="target",
+        untrained=("put the blue cube in the middle",),
+        unseen=("push the blue cube to the right",),
+        draws="reset",
         privileged=31,
         expert=later("tasks.tabletop:suite_expert"),
         demo_params={"reset": {"gantry_share": 0.5}},
@@ -627,6 +639,21 @@ class Prompts:
         if self.several:
             return getattr(self.env, self.target).clone()
         return torch.zeros(self.env.num_envs, dtype=torch.long, device=self.env.device)
+
+
+@contextlib.contextmanager
+def asking(env: Any, without: tuple[str, ...]) -> Iterator[None]:
+    """While this lasts, starts of a script's `ChunkEnv` draw from the task's instructions without these."""
+    if not (env.task.draws and without):
+        yield
+        return
+    params = env.env.event_manager.get_term_cfg(env.task.draws).params
+    usual = params["asked"]
+    params["asked"] = tuple(i for i in usual if env.task.instructions[i] not in without)
+    try:
+        yield
+    finally:
+        params["asked"] = usual
 
 
 def copy_leaders(env: Any, task: Task, group_size: int) -> None:

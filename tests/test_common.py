@@ -278,13 +278,17 @@ def test_import_is_light():
 
 
 def test_success_rates_of_several_instructions():
-    found = common.success_rates(["a", "b", "c"], [3.0, 0.0, 0.0], [4.0, 6.0, 0.0])  # of c there was none
+    notes = {"b": "never seen", "c": "nor this"}
+    found = common.success_rates(["a", "b", "c", "d"], [3.0, 0.0, 0.0, 0.0], [4.0, 6.0, 0.0, 6.0], notes)  # of c there was none
     assert found["mean"] == 0.3 and found["episodes"] == 10 and (found["low"], found["high"]) == common.wilson_interval(3, 10)
-    assert {name: (x["mean"], x["episodes"]) for name, x in found["instructions"].items()} == {"a": (0.75, 4), "b": (0.0, 6)}
-    assert "instructions" not in common.success_rates(["a"], [1.0], [2.0])
+    each = {name: (x["mean"], x["episodes"], x.get("note")) for name, x in found["instructions"].items()}
+    assert each == {"a": (0.75, 4, None), "b": (0.0, 6, "never seen"), "d": (0.0, 6, None)}
+    low, high = common.wilson_interval(1, 2)
+    assert common.success_rates(["b"], [1.0], [2.0], notes) == {"mean": 0.5, "low": low, "high": high, "episodes": 2}
     with make() as run:
         run.result(ode_success=found)
     assert "ode success: 0.300 " in (text := (run.dir / "log.txt").read_text()) and "    a: 0.750 [" in text
+    assert "    b (never seen): 0.000 [" in text
 
 
 def test_wilson_interval():

@@ -79,3 +79,20 @@ def test_the_privileged_state_names_what_is_asked(env):
         assert row[26:30].tolist() == [float(k == kind) for k in range(4)] and row[30] == side
         if kind == tabletop.KINDS.index("stack"):
             assert torch.allclose(row[23:26], cube[1 - named] + torch.tensor([0, 0, tabletop.CUBE]) - cube[named])
+
+
+def test_what_is_kept_out_is_asked_for_in_evaluations_alone(env):
+    from tasks.gr00t import asking
+
+    def asked(without: tuple[str, ...]) -> set[str]:
+        with asking(env, without):
+            env.reset(seed=4)
+        return set(env.env.instructions)
+
+    everything = set(env.task.instructions)
+    assert asked(()) == everything and asked(env.task.unseen) == everything - set(env.task.unseen)
+    assert asked(tuple(env.task.kept_out)) == everything - {*env.task.untrained, *env.task.unseen}
+    with pytest.raises(RuntimeError), asking(env, env.task.unseen):
+        raise RuntimeError
+    env.reset(seed=4)
+    assert set(env.env.instructions) == everything
