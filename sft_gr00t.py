@@ -41,8 +41,17 @@ import tyro
 from common import Metrics, Noise, Ranks, Run, check_not_negative, check_positive, pick_device, run_name, success_rates
 from gr00t_n1d5.embodiment import check_checkpoint, check_network, refuse_checkpoint
 from gr00t_n1d5.files import is_full_size
-from tasks.gr00t import TASKS, Prompts, asking, copy_leaders, find_task, make_task, own_observation, refresh_observations
-from tasks.gr00t import task_config
+from tasks.gr00t import (
+    TASKS,
+    Prompts,
+    asking,
+    copy_leaders,
+    find_task,
+    make_task,
+    own_observation,
+    refresh_observations,
+    task_config,
+)
 
 PARENT = "grpo_gr00t.py"
 DIFFERS = {"Args", "parse", "check", "make_env", "Gr00tActor", "learning_rate", "train", "main"}
