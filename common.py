@@ -651,7 +651,7 @@ def success_rates(
 
     def rate(count: float, of: float, **note: str) -> dict[str, Any]:
         low, high = wilson_interval(count, of)
-        return {"mean": count / of, "low": low, "high": high, "episodes": int(of), **note}
+        return {"mean": count / max(of, 1), "low": low, "high": high, "episodes": int(of), **note}
 
     if len(names) == 1:
         return rate(*successes, *episodes)

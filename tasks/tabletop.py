@@ -356,7 +356,7 @@ def randomise_start(env, env_ids: torch.Tensor, gantry_share: float = 0.0, asked
 
 def asked_for(env) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the suite's instructions ask for: kind, named cube, side, each (N,) int64."""
-    return tuple(torch.tensor(list(SUITE.values()), device=env.device)[env.target].T)
+    return tuple(env.suite[env.target].T)
 
 
 def named_first(env, named: torch.Tensor) -> torch.Tensor:
@@ -372,8 +372,8 @@ def place(env) -> torch.Tensor:
     """
     kind, named, _ = asked_for(env)
     other = named_first(env, named)[:, 1]
-    on_top = other + torch.tensor([0.0, 0.0, CUBE], device=env.device)
-    middle = torch.zeros_like(other)
+    on_top, middle = other.clone(), torch.zeros_like(other)
+    on_top[:, 2] += CUBE
     gap = CUBE + 0.008 - other[:, 0].abs()  # by how much a cube in the middle would be too near
     gap = torch.where(other[:, 1].abs() < CUBE + 0.01, gap.clamp(0.0, 0.02), torch.zeros_like(gap))
     middle[:, 0], middle[:, 2] = -gap * other[:, 0].sign(), CUBE / 2
@@ -558,7 +558,15 @@ class SuiteEnvCfg(LiftEnvCfg):
 
 
 class SuiteEnv(LiftEnv):
-    """`LiftEnv` whose `target` is an index into `SUITE`."""
+    """`LiftEnv` whose `target` is an index into `SUITE`.
+
+    Attributes:
+        suite: kind, named cube and side of every instruction, (10, 3) int64.
+    """
+
+    def __init__(self, cfg: SuiteEnvCfg, **kwargs):
+        self.suite = torch.tensor(list(SUITE.values()), device=cfg.sim.device)
+        super().__init__(cfg, **kwargs)
 
     @property
     def instructions(self) -> list[str]:
@@ -583,13 +591,12 @@ gym.register(
 # ------------------------------------------------------------------------------------------------------------------
 # Scripted experts
 # ------------------------------------------------------------------------------------------------------------------
-def pick(env, goal: torch.Tensor, height: float | torch.Tensor = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
+def pick(env, goal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Descend in a funnel over a cube, close, lift; re-open after a miss.
 
     Args:
         env: the environment; its joints are read.
         goal: the cube's centre, (N, 3) [m].
-        height: to lift it to [m].
 
     Returns:
         Actions (N, 4), without memory between calls, and where the cube is in the fingers, (N,) bool.
@@ -602,8 +609,8 @@ def pick(env, goal: torch.Tensor, height: float | torch.Tensor = 0.2) -> tuple[t
     centred = (lateral < 0.010) & (delta[:, 2].abs() < 0.008)
     closing = near & (centred | (width < 2 * FINGER_OPEN - 0.015))
     grasped = near & (width < CUBE + 0.012)
-    above = goal[:, 2] + (3 * (lateral - 0.01)).clamp(0.0, 0.07)  # stay above the cube until centred over it
-    height = torch.where(grasped, torch.as_tensor(height, device=env.device), above)
+    height = goal[:, 2] + (3 * (lateral - 0.01)).clamp(0.0, 0.07)  # stay above the cube until centred over it
+    height = torch.where(grasped, torch.full_like(height, 0.2), height)
     action = torch.zeros(env.num_envs, 4, device=env.device)
     action[:, :2] = torch.where(closing[:, None], 0.0, (0.5 * delta[:, :2] / MAX_STEP).clamp(-1, 1))
     action[:, 2] = torch.where(closing & ~grasped, 0.0, (0.6 * (height - grip[:, 2]) / MAX_STEP).clamp(-1, 1))

@@ -284,6 +284,7 @@ def test_success_rates_of_several_instructions():
     each = {name: (x["mean"], x["episodes"], x.get("note")) for name, x in found["instructions"].items()}
     assert each == {"a": (0.75, 4, None), "b": (0.0, 6, "never seen"), "d": (0.0, 6, None)}
     low, high = common.wilson_interval(1, 2)
+    assert common.success_rates(["a", "b"], [0.0, 1.0], [0.0, 2.0], notes)["episodes"] == 0
     assert common.success_rates(["b"], [1.0], [2.0], notes) == {"mean": 0.5, "low": low, "high": high, "episodes": 2}
     with make() as run:
         run.result(ode_success=found)
