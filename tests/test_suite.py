@@ -1,5 +1,7 @@
 """The suite of instructions in the embedded scene: experts, successes that exclude each other, the privileged state."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -48,6 +50,24 @@ def test_experts_do_what_is_asked_and_nothing_else(env, share):
     stack = torch.tensor([kind == tabletop.KINDS.index("stack") for kind, _, _ in tabletop.SUITE.values()])
     assert (done >= torch.where(stack, 0.9, 0.95)).all(), dict(zip(tabletop.SUITE, done.tolist()))
     assert also.max() < 0.05, dict(zip(tabletop.SUITE, also.tolist()))  # a cube that was knocked aside
+
+
+def test_an_evaluation_tells_each_instruction_and_counts_what_is_trained(env):
+    """The scripts' own `evaluate`, the expert in the network's place."""
+    import grpo_gr00t
+    from common import Ranks
+    from tasks import tabletop
+
+    acts = SimpleNamespace(chunk=1, texts=env.task.instructions)
+    acts.act = lambda obs, noise, explore: {"action": tabletop.suite_expert(env.env)[:, None]}
+    args = grpo_gr00t.Args(num_envs=N, eval_episodes=2 * N, device="cpu")
+    found = grpo_gr00t.evaluate(args, env, acts, Ranks(0, 1))
+    each = found["instructions"]
+    notes = {name: rate["note"] for name, rate in each.items() if "note" in rate}
+    assert tuple(each) == env.task.instructions and sum(rate["episodes"] for rate in each.values()) == 2 * N
+    assert notes == {"put the blue cube in the middle": "imitation alone", "push the blue cube to the right": "never seen"}
+    assert found["episodes"] == 2 * N - sum(each[name]["episodes"] for name in notes)
+    assert found["mean"] > 0.95 and min(rate["mean"] for rate in each.values()) > 0.85
 
 
 def test_what_is_put_somewhere_has_to_be_let_go(env):
