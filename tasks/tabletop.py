@@ -516,8 +516,10 @@ class LiftEnv(ManagerBasedRLEnv):
     """Manager-based environment that adds the language target.
 
     Attributes:
-        target: index into `COLOURS` of the named cube, (N,) int64.
+        target: index into `texts`, which for the lift task is the named cube's in `COLOURS`, (N,) int64.
     """
+
+    texts = INSTRUCTIONS
 
     def __init__(self, cfg: LiftEnvCfg, **kwargs):
         physics = cfg.sim.physics
@@ -540,7 +542,7 @@ class LiftEnv(ManagerBasedRLEnv):
     @property
     def instructions(self) -> list[str]:
         """The instruction of every environment (one transfer to the host)."""
-        return [INSTRUCTIONS[i] for i in self.target.tolist()]
+        return [self.texts[i] for i in self.target.tolist()]
 
 
 @configclass
@@ -558,20 +560,17 @@ class SuiteEnvCfg(LiftEnvCfg):
 
 
 class SuiteEnv(LiftEnv):
-    """`LiftEnv` whose `target` is an index into `SUITE`.
+    """`LiftEnv` under the instructions of `SUITE`.
 
     Attributes:
         suite: kind, named cube and side of every instruction, (10, 3) int64.
     """
 
+    texts = tuple(SUITE)
+
     def __init__(self, cfg: SuiteEnvCfg, **kwargs):
         self.suite = torch.tensor(list(SUITE.values()), device=cfg.sim.device)
         super().__init__(cfg, **kwargs)
-
-    @property
-    def instructions(self) -> list[str]:
-        """The instruction of every environment (one transfer to the host)."""
-        return [list(SUITE)[i] for i in self.target.tolist()]
 
 
 gym.register(
