@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from tensordict import TensorDict
     from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
@@ -256,6 +257,119 @@ def _group_kernel(
         advantage = advantage / (tl.sqrt(tl.sum(advantage * advantage, axis=0) / size) + eps)
     tl.store(advantages + at, tl.where(live, advantage, 0.0), mask=inside)
     tl.store(keep + at, live, mask=inside)
+
+
+class StartBank:
+    """Starts to come back to, drawn by what can be learned from them, and how often each instruction succeeds.
+
+    Where p is the chance of success, a group of G episodes less their mean has an expected squared advantage of
+    p(1-p)(G-1)/G: to draw in proportion to p(1-p) is to draw by gradient signal (SFL, arXiv 2408.15099). Counts fade, for
+    the policy changes; p of an instruction is (s+1)/(n+2), of an entry (s+2q)/(n+2) with q its instruction's.
+
+        fresh = bank.draw(fresh, seed)            # a share of the groups begins from entries instead
+        bank.note(states, running)                # once in the rollout, or never: what could become an entry
+        bank.record(success, group_size, log)     # counts; better entries take the place of those that teach least
+
+    A rank has entries of its own; instructions are counted over all ranks. Nothing waits for the device.
+
+    Args:
+        instructions: of the run.
+        groups: that start together on this rank; the bank holds four times as many entries.
+        share: of the groups that begin from entries, once there are any.
+    """
+
+    FLOOR, FADE = 0.2, 0.9  # share of draws that is uniform; what is left of counts after an iteration
+
+    def __init__(self, instructions: int, groups: int, share: float, device: Any, ranks: Ranks):
+        import torch
+
+        self.size, self.replayed, self.ranks, self.device = 4 * groups, int(share * groups), ranks, device
+        self.counts = torch.zeros(2, instructions, device=device)  # successes and attempts of fresh starts
+        self.entries: TensorDict | None = None  # (size,) states, prompt, successes, attempts, midway
+        self.noted: tuple[TensorDict, Tensor] | None = None
+
+    @property
+    def chances(self) -> Tensor:
+        """p of every instruction, (instructions,)."""
+        return (self.counts[0] + 1) / (self.counts[1] + 2)
+
+    def value(self, entries: TensorDict) -> Tensor:
+        """p(1-p) of entries (n,); -1 of what was never tried."""
+        prior, tried = self.chances[entries["prompt"]], entries["attempts"]
+        p = (entries["successes"] + 2 * prior) / (tried + 2)
+        return (p * (1 - p)).where(tried > 0, -1.0)
+
+    def weights(self, value: Tensor) -> Tensor:
+        """Chances to be drawn (n,), which sum to 1, by `value` (n,), of which those below 0 are left out."""
+        there, value = (value >= 0).float(), value.clamp(min=0)
+        return (1 - self.FLOOR) * value / value.sum() + self.FLOOR * there / there.sum()
+
+    def asked(self) -> Tensor:
+        """Weights of the instructions in fresh starts, (instructions,)."""
+        return self.weights(self.chances * (1 - self.chances))
+
+    def draw(self, fresh: TensorDict, seed: int) -> TensorDict:
+        """Where groups begin: `fresh` (groups,) states and prompt, entries in the place of the first of them."""
+        import torch
+
+        entry = {name: torch.zeros(len(fresh), device=self.device) for name in ("successes", "attempts", "midway")}
+        self.begun, self.drawn = fresh.copy().update(entry), torch.arange(0, device=self.device)
+        if self.entries is not None:
+            chance = self.weights(self.value(self.entries))
+            luck = torch.empty_like(chance).exponential_(generator=seeded_generator(self.device, seed))
+            self.drawn = (chance / luck).topk(self.replayed).indices  # without replacement
+            self.begun = torch.cat([self.entries[self.drawn], self.begun[self.replayed :]])
+        return self.begun.exclude(*entry)
+
+    def note(self, states: TensorDict, running: Tensor) -> None:
+        """Keeps states (N,) and prompt in mid-episode, of those that are `running` (N,), until the outcome is known."""
+        self.noted = states.copy(), running
+
+    def record(self, success: Tensor, group_size: int, log: Metrics) -> None:
+        """Counts the outcomes (N,) of the groups that were drawn, and takes in what is worth coming back to."""
+        import torch
+
+        won, begun, old = success.float().view(-1, group_size).sum(1), self.begun, len(self.drawn)  # (groups,)
+        outcome = torch.stack([won, torch.full_like(won, group_size)])
+        new = self.ranks.reduce(torch.zeros_like(self.counts).index_add(1, begun["prompt"][old:], outcome[:, old:]))
+        self.counts = self.FADE * self.counts + new
+        if self.entries is None:
+            self.entries = torch.zeros_like(begun[0]).expand(self.size).clone()
+        for name, add in zip(("successes", "attempts"), outcome):
+            self.entries[name] = (self.FADE * self.entries[name]).index_add(0, self.drawn, add[:old])
+            begun[name] = add
+        found = [begun[old:]]
+        if self.noted is not None:  # a member's own outcome is the one attempt from where it was
+            later, running = self.noted
+            later.update({"successes": success.float(), "attempts": running.float(), "midway": running.float()})
+            mixed = ((won > 0) & (won < group_size)).repeat_interleave(group_size)
+            surprise = self.value(later).where(mixed, -1.0).view(-1, group_size)
+            best = surprise.argmax(1)  # of each group the one that teaches most
+            rows = torch.arange(len(won), device=self.device) * group_size + best
+            found.append(later[rows])
+            found[-1]["attempts"] = found[-1]["attempts"] * mixed[rows]
+            self.noted = None
+        candidates = torch.cat(found)
+        gain, worth = self.value(candidates).sort(descending=True)
+        least, worst = (x[: len(gain)] for x in self.value(self.entries).sort())
+        self.entries[worst] = candidates[worth].where(gain > least, self.entries[worst])
+        each = torch.arange(len(self.chances), device=self.device)
+        if len(each) > 1:
+            log.mean("curriculum/chance", self.chances, by=(each, len(each)))
+            drawn = torch.nn.functional.one_hot(begun["prompt"], len(each))  # (groups, instructions)
+            log.mean("curriculum/share", drawn, by=(each.expand_as(drawn), len(each)))
+        log.mean("curriculum/midway", begun["midway"])
+
+    def state(self) -> dict[str, Any]:
+        """What `load` takes, on the host."""
+        return {"counts": self.counts.cpu(), "entries": None if self.entries is None else self.entries.cpu().to_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state`."""
+        from tensordict import TensorDict
+
+        self.counts = state["counts"].to(self.device)
+        self.entries = None if state["entries"] is None else TensorDict(state["entries"], self.size).to(self.device)
 
 
 def merge_moments(moments: Tensor, rows: Tensor, ranks: Ranks) -> Tensor:

@@ -32,11 +32,21 @@ from typing import Any, Literal
 
 import tyro
 
-from common import Metrics, Noise, Ranks, Run, StageTimer, group_advantages, success_rates
+from common import Metrics, Noise, Ranks, Run, StageTimer, StartBank, group_advantages, success_rates
 from common import check_not_negative, check_positive, pick_device, run_name, saved_args
 from gr00t_n1d5.embodiment import check_checkpoint
 from gr00t_n1d5.files import is_full_size
-from tasks.gr00t import TASKS, Prompts, asking, copy_leaders, find_task, make_task, refresh_observations, task_config
+from tasks.gr00t import (
+    TASKS,
+    Prompts,
+    asking,
+    find_task,
+    make_task,
+    refresh_observations,
+    scene_states,
+    start_from,
+    task_config,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -66,6 +76,9 @@ class Args:
 
     # algorithm
     group_size: int = 16  # episodes that start from one identical state and instruction
+    curriculum: Literal["uniform", "learnability"] = "uniform"  # how starts are drawn; by p(1-p) of what became of them
+    bank_share: float = 0.5  # of the groups that begin from earlier starts then; 0: instructions alone are chosen so
+    midway: bool = False  # those may be states in mid-episode, at a chunk's boundary
     chunk: int | None = None  # actions executed per policy call (the model's action horizon by default)
     denoise_steps: int = 4  # K, denoising steps per policy call
     noise_level: float = 0.8  # a, exploration noise of the stochastic step
@@ -113,8 +126,12 @@ def check(args: Args) -> Args:
     )  # fmt: skip
     check_not_negative(
         seed=args.seed, eval_seed=args.eval_seed, eval_every=args.eval_every, eval_episodes=args.eval_episodes,
-        lr_warmup=args.lr_warmup, lr_hold=args.lr_hold, kl_coef=args.kl_coef,
+        lr_warmup=args.lr_warmup, lr_hold=args.lr_hold, kl_coef=args.kl_coef, bank_share=args.bank_share,
     )  # fmt: skip
+    if args.bank_share > 1:
+        raise SystemExit(f"--bank-share {args.bank_share}: must be from 0 to 1")
+    if args.midway and args.curriculum == "uniform":
+        raise SystemExit("--midway: states in mid-episode come from the bank; add --curriculum learnability")
     if args.group_size < 2:
         raise SystemExit(f"--group-size {args.group_size}: a group needs at least 2 members to compare")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -152,12 +169,14 @@ class ChunkEnv:
         self.prompts = Prompts(self.env, self.task, args.instruction)
         self.num_envs, self.device = self.env.num_envs, self.env.device
 
-    def reset(self, seed: int, group_size: int = 1) -> TensorDict:
-        """Starts one episode everywhere; the starts depend on the seed and the number of environments alone."""
+    def reset(self, seed: int, group_size: int = 1, bank: StartBank | None = None) -> TensorDict:
+        """Starts one episode everywhere; the starts depend on the seed, the number of environments and the bank alone."""
         self.env.reset(seed=seed)
         self.prompts.fix()
-        if group_size > 1:
-            copy_leaders(self.env, self.task, group_size)
+        if group_size > 1 or bank:
+            states = self.states()[::group_size]  # (groups,)
+            states = bank.draw(states, seed) if bank else states
+            start_from(self.env, self.task, states.repeat_interleave(group_size, 0))
         refresh_observations(self.env)
         self.terminations.reset()
         self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # (N,)
@@ -177,6 +196,10 @@ class ChunkEnv:
     def ended(self) -> Tensor:
         """(N,) whether an attempt is over: with its first success, or with a failure."""
         return self.success | self.failure
+
+    def states(self) -> TensorDict:
+        """(N,) where everything is and what is asked for, to start from."""
+        return scene_states(self.env, self.task).set("prompt", self.prompts.index())
 
     def observe(self) -> TensorDict:
         """images (N, V, H, W, 3) uint8, state (N, d) in the simulator's units, prompt (N,) index of the instruction."""
@@ -299,13 +322,25 @@ class Gr00tActor(Gr00tPolicy):
 
 # ======== rollout =====================================================================================================
 @torch.no_grad()
-def rollout(env: ChunkEnv, policy: Gr00tActor, args: Args, iteration: int, ranks: Ranks, timer: StageTimer) -> TensorDict:
+def rollout(
+    env: ChunkEnv,
+    policy: Gr00tActor,
+    args: Args,
+    iteration: int,
+    ranks: Ranks,
+    timer: StageTimer,
+    bank: StartBank | None = None,
+) -> TensorDict:
     """One episode per environment, in groups from one start: (T, N) samples, T chunks per episode."""
     noise, T = Noise(args.device, ranks, args.seed, iteration), env.task.horizon // policy.chunk
-    with timer("env"), asking(env, tuple(env.task.kept_out)):
-        obs = env.reset(episode_seed(args.seed, iteration, ranks), args.group_size)
+    seed = episode_seed(args.seed, iteration, ranks)
+    with timer("env"), asking(env, tuple(env.task.kept_out), bank and bank.asked()):
+        obs = env.reset(seed, args.group_size, bank)
+    midway = 1 + seed % (T - 1) if args.midway and T > 1 else T  # the chunk before which states are noted
     features = policy.feature_buffer(T, len(obs), args.feature_cache)  # (T, N, L, D)
     for t in range(T):
+        if t == midway:
+            bank.note(env.states(), ~env.ended)
         with timer("policy"):
             out = policy.act(obs, noise, True, None if features is None else features[t])
             kept = out.exclude("action").update({"state": obs["state"], "prompt": obs["prompt"], "valid": ~env.ended})
@@ -410,19 +445,33 @@ def check_ratio(metrics: dict[str, float], args: Args) -> None:
         raise SystemExit(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
 
 
+def make_bank(args: Args, policy: Gr00tActor, run: Run, ranks: Ranks) -> StartBank | None:
+    """The bank of starts, that of the run to resume; None where starts are drawn uniformly."""
+    if args.curriculum == "uniform":
+        return None
+    groups = args.num_envs // ranks.world // args.group_size
+    bank = StartBank(len(policy.texts), groups, args.bank_share, args.device, ranks)
+    if run.state.get("bank"):
+        bank.load(run.state["bank"][ranks.rank])
+    return bank
+
+
 def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks) -> None:
     """The whole run: evaluate, iterate, evaluate."""
     fused = policy.device.type == "cuda"  # without temporaries of the weights' size
     optimizer = torch.optim.AdamW(policy.trainable(), args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
     run.restore_optimizer(optimizer)
     timer, steps, metrics, result = StageTimer(args.device), args.num_envs * env.task.horizon, {}, None
+    bank = make_bank(args, policy, run, ranks)
     if run.state["iteration"] == 0:
         run.result(ode_success_before=evaluate(args, env, policy, ranks), instructions=policy.texts)
         record(args, env, policy, run, ranks, "before")
     for iteration in range(run.state["iteration"], args.iterations):
         optimizer.param_groups[0]["lr"] = learning_rate(args, iteration)
         log = Metrics(args.device, ranks)
-        samples = rollout(env, policy, args, iteration, ranks, timer)
+        samples = rollout(env, policy, args, iteration, ranks, timer, bank)
+        if bank:
+            bank.record(env.success, args.group_size, log)
         log.mean("rollout/broken", env.terminations.get_term("broken"))  # worlds whose physics blew up; they failed
         with timer("update"):
             keep = advantages(samples, env.success, args, ranks, log)
@@ -440,7 +489,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         if "eval/ode_success" in metrics and run.improved(result["mean"]):
             run.save("best", policy.save)
         if last or (iteration + 1) % args.save_every == 0:
-            run.save(f"step_{iteration + 1:06d}", policy.save, optimizer)
+            run.save(f"step_{iteration + 1:06d}", policy.save, optimizer, bank=bank and ranks.gather(bank.state()))
     run.result(
         ode_success_after=result or evaluate(args, env, policy, ranks),
         sde_success=evaluate(args, env, policy, ranks, explore=True),

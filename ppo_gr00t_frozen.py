@@ -30,18 +30,28 @@ from typing import Any, Literal
 
 import tyro
 
-from common import Metrics, Noise, Ranks, Run, StageTimer, gae, merge_moments, standardize, success_rates
+from common import Metrics, Noise, Ranks, Run, StageTimer, StartBank, gae, merge_moments, standardize, success_rates
 from common import check_not_negative, check_positive, pick_device, run_name, saved_args
 from gr00t_n1d5.embodiment import check_checkpoint
 from gr00t_n1d5.files import is_full_size
-from tasks.gr00t import TASKS, Prompts, asking, find_task, make_task, refresh_observations, task_config
+from tasks.gr00t import (
+    TASKS,
+    Prompts,
+    asking,
+    find_task,
+    make_task,
+    refresh_observations,
+    scene_states,
+    start_from,
+    task_config,
+)
 
 HERE = Path(__file__).resolve().parent
 PARENT = "grpo_gr00t.py"
 DIFFERS = {
     "Args", "check", "ChunkEnv.__init__", "ChunkEnv.reset", "ChunkEnv.step_chunk", "ChunkEnv.ended", "ChunkEnv.observe",
     "make_env", "Gr00tActor.__init__", "Gr00tActor.act", "Gr00tActor.critic_input", "Gr00tActor.save", "Gr00tActor.load",
-    "rollout", "advantages", "plan_minibatches", "update", "learning_rate", "train", "record",
+    "rollout", "advantages", "plan_minibatches", "update", "learning_rate", "make_bank", "train", "record",
 }  # fmt: skip
 
 
@@ -75,6 +85,8 @@ class Args:
     critic_obs: Literal["features", "privileged"] = "features"  # features: backbone and proprioception
     critic_lr: float = 1e-3  # AdamW's learning rate of the critic
     critic_epochs: int = 8  # passes of the critic over a rollout; those beyond --epochs leave the policy alone
+    curriculum: Literal["uniform", "learnability"] = "uniform"  # how starts are drawn; by p(1-p) of what became of them
+    bank_share: float = 0.5  # of the episodes that begin from earlier starts then; 0: instructions alone are chosen so
     critic_warmup: int = 3  # iterations in which only the critic learns
     chunk: int | None = None  # actions executed per policy call (the model's action horizon by default)
     denoise_steps: int = 4  # K, denoising steps per policy call
@@ -124,8 +136,9 @@ def check(args: Args) -> Args:
     check_not_negative(
         seed=args.seed, eval_seed=args.eval_seed, eval_every=args.eval_every, eval_episodes=args.eval_episodes,
         lr_warmup=args.lr_warmup, lr_hold=args.lr_hold, kl_coef=args.kl_coef, critic_warmup=args.critic_warmup,
+        bank_share=args.bank_share,
     )  # fmt: skip
-    for name, value in (("gamma", args.gamma), ("gae-lambda", args.gae_lambda)):
+    for name, value in (("gamma", args.gamma), ("gae-lambda", args.gae_lambda), ("bank-share", args.bank_share)):
         if not 0 <= value <= 1:
             raise SystemExit(f"--{name} {value}: must be from 0 to 1")
     if args.critic_obs == "privileged" and not task.privileged:
@@ -166,10 +179,12 @@ class ChunkEnv:
         self.prompts = Prompts(self.env, self.task, args.instruction)
         self.num_envs, self.device = self.env.num_envs, self.env.device
 
-    def reset(self, seed: int) -> TensorDict:
-        """Starts one episode everywhere; the starts depend on the seed and the number of environments alone."""
+    def reset(self, seed: int, bank: StartBank | None = None) -> TensorDict:
+        """Starts one episode everywhere; the starts depend on the seed, the number of environments and the bank alone."""
         self.env.reset(seed=seed)
         self.prompts.fix()
+        if bank:
+            start_from(self.env, self.task, bank.draw(self.states(), seed))
         refresh_observations(self.env)
         self.terminations.reset()
         self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # (N,)
@@ -197,6 +212,10 @@ class ChunkEnv:
     def ended(self) -> Tensor:
         """(N,) whether an attempt is over: with a failure, or with success, unless rewards go on after it."""
         return self.failure if self.dense else self.failure | self.success
+
+    def states(self) -> TensorDict:
+        """(N,) where everything is and what is asked for, to start from."""
+        return scene_states(self.env, self.task).set("prompt", self.prompts.index())
 
     def observe(self) -> TensorDict:
         """images (N, V, H, W, 3) uint8, state (N, d) in the simulator's units, prompt (N,) index of the instruction, and
@@ -368,11 +387,19 @@ class Gr00tActor(Gr00tPolicy):
 
 # ======== rollout =====================================================================================================
 @torch.no_grad()
-def rollout(env: ChunkEnv, policy: Gr00tActor, args: Args, iteration: int, ranks: Ranks, timer: StageTimer) -> TensorDict:
+def rollout(
+    env: ChunkEnv,
+    policy: Gr00tActor,
+    args: Args,
+    iteration: int,
+    ranks: Ranks,
+    timer: StageTimer,
+    bank: StartBank | None = None,
+) -> TensorDict:
     """One episode per environment: (T, N) samples, T chunks per episode."""
     noise, T = Noise(args.device, ranks, args.seed, iteration), env.task.horizon // policy.chunk
-    with timer("env"), asking(env, tuple(env.task.kept_out)):
-        obs = env.reset(episode_seed(args.seed, iteration * T, ranks))
+    with timer("env"), asking(env, tuple(env.task.kept_out), bank and bank.asked()):
+        obs = env.reset(episode_seed(args.seed, iteration * T, ranks), bank)
     features = policy.feature_buffer(T, len(obs), args.feature_cache)  # (T, N, L, D)
     for t in range(T):
         with timer("policy"):
@@ -504,6 +531,16 @@ def check_ratio(metrics: dict[str, float], args: Args) -> None:
         raise SystemExit(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
 
 
+def make_bank(args: Args, policy: Gr00tActor, run: Run, ranks: Ranks) -> StartBank | None:
+    """The bank of starts, that of the run to resume; None where starts are drawn uniformly."""
+    if args.curriculum == "uniform":
+        return None
+    bank = StartBank(len(policy.texts), args.num_envs // ranks.world, args.bank_share, args.device, ranks)
+    if run.state.get("bank"):
+        bank.load(run.state["bank"][ranks.rank])
+    return bank
+
+
 def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks) -> None:
     """The whole run: evaluate, iterate, evaluate."""
     groups = [{"params": policy.trainable()}, {"params": list(policy.critic.parameters()), "lr": args.critic_lr}]
@@ -511,6 +548,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
     run.restore_optimizer(optimizer)
     timer, steps, metrics, result = StageTimer(args.device), args.num_envs * env.task.horizon, {}, None
+    bank = make_bank(args, policy, run, ranks)
     if run.state["iteration"] == 0:
         run.result(ode_success_before=evaluate(args, env, policy, ranks), instructions=policy.texts)
         record(args, env, policy, run, ranks, "before")
@@ -518,7 +556,9 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         for group, rate in zip(optimizer.param_groups, (learning_rate(args, iteration), args.critic_lr)):
             group["lr"] = rate
         log, moving = Metrics(args.device, ranks), iteration >= args.critic_warmup  # before, only the critic learns
-        samples = rollout(env, policy, args, iteration, ranks, timer)
+        samples = rollout(env, policy, args, iteration, ranks, timer, bank)
+        if bank:
+            bank.record(env.success, 1, log)
         log.mean("rollout/broken", env.terminations.get_term("broken"))  # worlds whose physics blew up; they failed
         with timer("update"):
             keep = advantages(samples, env.success, args, ranks, log)
@@ -538,7 +578,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         if "eval/ode_success" in metrics and run.improved(result["mean"]):
             run.save("best", policy.save)
         if last or (iteration + 1) % args.save_every == 0:
-            run.save(f"step_{iteration + 1:06d}", policy.save, optimizer)
+            run.save(f"step_{iteration + 1:06d}", policy.save, optimizer, bank=bank and ranks.gather(bank.state()))
     run.result(
         ode_success_after=result or evaluate(args, env, policy, ranks),
         sde_success=evaluate(args, env, policy, ranks, explore=True),

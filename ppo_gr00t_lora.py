@@ -30,11 +30,21 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from common import Metrics, Noise, Ranks, Run, StageTimer, gae, merge_moments, standardize, success_rates
+from common import Metrics, Noise, Ranks, Run, StageTimer, StartBank, gae, merge_moments, standardize, success_rates
 from common import check_not_negative, check_positive, pick_device, run_name, saved_args
 from gr00t_n1d5.embodiment import check_checkpoint
 from gr00t_n1d5.files import is_full_size
-from tasks.gr00t import TASKS, Prompts, asking, find_task, make_task, refresh_observations, task_config
+from tasks.gr00t import (
+    TASKS,
+    Prompts,
+    asking,
+    find_task,
+    make_task,
+    refresh_observations,
+    scene_states,
+    start_from,
+    task_config,
+)
 
 HERE = Path(__file__).resolve().parent
 PARENT = "ppo_gr00t_frozen.py"
@@ -75,6 +85,8 @@ class Args:
     critic_obs: Literal["features", "privileged"] = "features"  # features: backbone and proprioception
     critic_lr: float = 1e-3  # AdamW's learning rate of the critic
     critic_epochs: int = 8  # passes of the critic over a rollout; those beyond --epochs leave the policy alone
+    curriculum: Literal["uniform", "learnability"] = "uniform"  # how starts are drawn; by p(1-p) of what became of them
+    bank_share: float = 0.5  # of the episodes that begin from earlier starts then; 0: instructions alone are chosen so
     critic_warmup: int = 3  # iterations in which only the critic learns (without --unfreeze)
     lora_targets: tuple[str, ...] = ("dit-attention", "dit-feed-forward", "vl-attention")  # what gets adapters, of TARGETS
     lora_rank: int = 16  # rank of an adapter, whose output is doubled: alpha is twice the rank
@@ -144,9 +156,10 @@ def check(args: Args) -> Args:
     check_not_negative(
         seed=args.seed, eval_seed=args.eval_seed, eval_every=args.eval_every, eval_episodes=args.eval_episodes,
         lr_warmup=args.lr_warmup, lr_hold=args.lr_hold, kl_coef=args.kl_coef, critic_warmup=args.critic_warmup,
+        bank_share=args.bank_share,
     )  # fmt: skip
     parse_schedule(args)
-    for name, value in (("gamma", args.gamma), ("gae-lambda", args.gae_lambda)):
+    for name, value in (("gamma", args.gamma), ("gae-lambda", args.gae_lambda), ("bank-share", args.bank_share)):
         if not 0 <= value <= 1:
             raise SystemExit(f"--{name} {value}: must be from 0 to 1")
     if args.critic_obs == "privileged" and not task.privileged:
@@ -227,10 +240,12 @@ class ChunkEnv:
         self.prompts = Prompts(self.env, self.task, args.instruction)
         self.num_envs, self.device = self.env.num_envs, self.env.device
 
-    def reset(self, seed: int) -> TensorDict:
-        """Starts one episode everywhere; the starts depend on the seed and the number of environments alone."""
+    def reset(self, seed: int, bank: StartBank | None = None) -> TensorDict:
+        """Starts one episode everywhere; the starts depend on the seed, the number of environments and the bank alone."""
         self.env.reset(seed=seed)
         self.prompts.fix()
+        if bank:
+            start_from(self.env, self.task, bank.draw(self.states(), seed))
         refresh_observations(self.env)
         self.terminations.reset()
         self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # (N,)
@@ -258,6 +273,10 @@ class ChunkEnv:
     def ended(self) -> Tensor:
         """(N,) whether an attempt is over: with a failure, or with success, unless rewards go on after it."""
         return self.failure if self.dense else self.failure | self.success
+
+    def states(self) -> TensorDict:
+        """(N,) where everything is and what is asked for, to start from."""
+        return scene_states(self.env, self.task).set("prompt", self.prompts.index())
 
     def observe(self) -> TensorDict:
         """images (N, V, H, W, 3) uint8, state (N, d) in the simulator's units, prompt (N,) index of the instruction, and
@@ -504,11 +523,19 @@ def lora_config(args: Args, net: Gr00tN1d5) -> LoraConfig:
 
 # ======== rollout =====================================================================================================
 @torch.no_grad()
-def rollout(env: ChunkEnv, policy: Gr00tActor, args: Args, iteration: int, ranks: Ranks, timer: StageTimer) -> TensorDict:
+def rollout(
+    env: ChunkEnv,
+    policy: Gr00tActor,
+    args: Args,
+    iteration: int,
+    ranks: Ranks,
+    timer: StageTimer,
+    bank: StartBank | None = None,
+) -> TensorDict:
     """One episode per environment: (T, N) samples, T chunks per episode."""
     noise, T = Noise(args.device, ranks, args.seed, iteration), env.task.horizon // policy.chunk
-    with timer("env"), asking(env, tuple(env.task.kept_out)):
-        obs = env.reset(episode_seed(args.seed, iteration * T, ranks))
+    with timer("env"), asking(env, tuple(env.task.kept_out), bank and bank.asked()):
+        obs = env.reset(episode_seed(args.seed, iteration * T, ranks), bank)
     features = policy.feature_buffer(T, len(obs), args.feature_cache)  # (T, N, L, D)
     for t in range(T):
         with timer("policy"):
@@ -640,6 +667,16 @@ def check_ratio(metrics: dict[str, float], args: Args) -> None:
         raise SystemExit(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
 
 
+def make_bank(args: Args, policy: Gr00tActor, run: Run, ranks: Ranks) -> StartBank | None:
+    """The bank of starts, that of the run to resume; None where starts are drawn uniformly."""
+    if args.curriculum == "uniform":
+        return None
+    bank = StartBank(len(policy.texts), args.num_envs // ranks.world, args.bank_share, args.device, ranks)
+    if run.state.get("bank"):
+        bank.load(run.state["bank"][ranks.rank])
+    return bank
+
+
 def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks) -> None:
     """The whole run: evaluate, iterate, evaluate."""
     stages, own = parse_schedule(args), policy.groups()
@@ -649,6 +686,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
     run.restore_optimizer(optimizer)
     timer, steps, metrics, result = StageTimer(args.device), args.num_envs * env.task.horizon, {}, None
+    bank = make_bank(args, policy, run, ranks)
     if run.state["iteration"] == 0:
         run.result(ode_success_before=evaluate(args, env, policy, ranks), instructions=policy.texts)
         record(args, env, policy, run, ranks, "before")
@@ -661,7 +699,9 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         begun = tuple(stage.name for stage in stages if iteration >= stage.start)  # before, only the critic learns
         policy.unfreeze(begun)
         log = Metrics(args.device, ranks)
-        samples = rollout(env, policy, args, iteration, ranks, timer)
+        samples = rollout(env, policy, args, iteration, ranks, timer, bank)
+        if bank:
+            bank.record(env.success, 1, log)
         log.mean("rollout/broken", env.terminations.get_term("broken"))  # worlds whose physics blew up; they failed
         with timer("update"):
             keep = advantages(samples, env.success, args, ranks, log)
@@ -682,7 +722,8 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         if "eval/ode_success" in metrics and run.improved(result["mean"]):
             run.save("best", policy.save)
         if last or (iteration + 1) % args.save_every == 0:
-            run.save(f"step_{iteration + 1:06d}", policy.save if last else policy.save_adapters, optimizer)
+            write, kept = policy.save if last else policy.save_adapters, bank and ranks.gather(bank.state())
+            run.save(f"step_{iteration + 1:06d}", write, optimizer, bank=kept)
     run.result(
         ode_success_after=result or evaluate(args, env, policy, ranks),
         sde_success=evaluate(args, env, policy, ranks, explore=True),

@@ -38,18 +38,30 @@ from typing import Any, Literal
 
 import tyro
 
-from common import Metrics, Noise, Ranks, Run, check_not_negative, check_positive, pick_device, run_name, success_rates
+from common import (
+    Metrics,
+    Noise,
+    Ranks,
+    Run,
+    StartBank,
+    check_not_negative,
+    check_positive,
+    pick_device,
+    run_name,
+    success_rates,
+)
 from gr00t_n1d5.embodiment import check_checkpoint, check_network, refuse_checkpoint
 from gr00t_n1d5.files import is_full_size
 from tasks.gr00t import (
     TASKS,
     Prompts,
     asking,
-    copy_leaders,
     find_task,
     make_task,
     own_observation,
     refresh_observations,
+    scene_states,
+    start_from,
     task_config,
 )
 
@@ -204,12 +216,14 @@ class ChunkEnv:
         self.prompts = Prompts(self.env, self.task, args.instruction)
         self.num_envs, self.device = self.env.num_envs, self.env.device
 
-    def reset(self, seed: int, group_size: int = 1) -> TensorDict:
-        """Starts one episode everywhere; the starts depend on the seed and the number of environments alone."""
+    def reset(self, seed: int, group_size: int = 1, bank: StartBank | None = None) -> TensorDict:
+        """Starts one episode everywhere; the starts depend on the seed, the number of environments and the bank alone."""
         self.env.reset(seed=seed)
         self.prompts.fix()
-        if group_size > 1:
-            copy_leaders(self.env, self.task, group_size)
+        if group_size > 1 or bank:
+            states = self.states()[::group_size]  # (groups,)
+            states = bank.draw(states, seed) if bank else states
+            start_from(self.env, self.task, states.repeat_interleave(group_size, 0))
         refresh_observations(self.env)
         self.terminations.reset()
         self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # (N,)
@@ -229,6 +243,10 @@ class ChunkEnv:
     def ended(self) -> Tensor:
         """(N,) whether an attempt is over: with its first success, or with a failure."""
         return self.success | self.failure
+
+    def states(self) -> TensorDict:
+        """(N,) where everything is and what is asked for, to start from."""
+        return scene_states(self.env, self.task).set("prompt", self.prompts.index())
 
     def observe(self) -> TensorDict:
         """images (N, V, H, W, 3) uint8, state (N, d) in the simulator's units, prompt (N,) index of the instruction."""

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from tasks import current_name
 
 if TYPE_CHECKING:
+    from tensordict import TensorDict
     from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class Task:
     target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
     untrained: tuple[str, ...] = ()  # instructions that only imitation and evaluations ask for, not RL
     unseen: tuple[str, ...] = ()  # that only evaluations ask for
-    draws: str | None = None  # event term whose parameter `asked`, indices of instructions, is what starts draw from
+    draws: str | None = None  # event term whose parameters `asked` and `weights`, indices of instructions and how often they
+    # are to come (None: equally), are what starts draw from
     expert: Callable[[Any], Tensor] | None = None  # actions (N, d) for the env as it is, which demonstrate the task
     demo_steps: int | None = None  # within which it is mostly done; None: the horizon
     action_limit: float | None = None  # beyond which the task clips all actions; demonstrations have none
@@ -249,6 +251,7 @@ LIFT = Task(
     success="success",
     instructions=("lift the red cube", "lift the blue cube"),
     target="target",
+    draws="reset",
     privileged=24,
     expert=later("tasks.tabletop:expert_action"),
     demo_steps=16,
@@ -273,7 +276,6 @@ TASKS = {
         ),
         untrained=("put the blue cube in the middle",),
         unseen=("push the blue cube to the right",),
-        draws="reset",
         privileged=31,
         expert=later("tasks.tabletop:suite_expert"),
         demo_steps=None,
@@ -638,43 +640,63 @@ class Prompts:
 
 
 @contextlib.contextmanager
-def asking(env: Any, without: tuple[str, ...]) -> Iterator[None]:
-    """While this lasts, starts of a script's `ChunkEnv` draw from the task's instructions without these."""
-    if not (env.task.draws and without):
+def asking(env: Any, without: tuple[str, ...], weights: Tensor | None = None) -> Iterator[None]:
+    """While this lasts, starts of a script's `ChunkEnv` draw from the task's instructions without these.
+
+    `weights` (instructions,): how often each is asked for; all equally by default.
+    """
+    several = weights is not None and len(weights) == len(env.task.instructions)
+    if not (env.task.draws and (without or several)):
         yield
         return
     params = env.env.event_manager.get_term_cfg(env.task.draws).params
-    usual = params["asked"]
-    params["asked"] = tuple(i for i in usual if env.task.instructions[i] not in without)
+    usual = dict(params)
+    params["asked"] = tuple(i for i in usual["asked"] if env.task.instructions[i] not in without)
+    params["weights"] = weights[list(params["asked"])] if several else None
     try:
         yield
     finally:
-        params["asked"] = usual
+        params.update(usual)
 
 
-def copy_leaders(env: Any, task: Task, group_size: int) -> None:
-    """Puts consecutive environments into the state, and under the instruction, of the first of each group."""
+def scene_states(env: Any, task: Task) -> TensorDict:
+    """Where everything is and what is asked for, one row per environment (N,): all that an episode's start consists of."""
     import torch
+    from tensordict import TensorDict
 
     from tasks import stock
 
-    leader = torch.arange(env.num_envs, device=env.device) // group_size * group_size  # (N,)
+    def rows(tree: dict[str, Any]) -> dict[str, Any]:
+        found = {key: rows(x) if isinstance(x, dict) else x for key, x in tree.items()}
+        return {
+            key: x for key, x in found.items()
+            if (isinstance(x, dict) and x) or (isinstance(x, torch.Tensor) and x.shape[:1] == (env.num_envs,))
+        }  # fmt: skip
 
-    def of_leader(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            return {key: of_leader(x) for key, x in tree.items()}
-        each = isinstance(tree, torch.Tensor) and tree.shape[:1] == leader.shape
-        return tree[leader.to(tree.device)].clone() if each else tree
+    # a direct task remembers in attributes of its own
+    tree = env.scene.get_state(is_relative=True) if hasattr(env, "reset_to") else stock.snapshot(env)
+    target = {"target": getattr(env, task.target)} if task.target else {}
+    return TensorDict({"scene": rows(tree)} | target, env.num_envs).to(env.device).clone()
 
-    if not hasattr(env, "reset_to"):  # a direct task remembers in attributes of its own
-        stock.restore(env, of_leader(stock.snapshot(env)))
-        return
-    state = of_leader(env.scene.get_state(is_relative=True))
-    target = getattr(env, task.target)[leader].clone() if task.target else None
-    env.reset_to(state, None, is_relative=True)  # draws new starts, then overwrites them
-    env.action_manager.reset()  # some actions begin at the joints as they were drawn
-    if target is not None:
-        getattr(env, task.target)[:] = target
+
+def start_from(env: Any, task: Task, states: TensorDict) -> None:
+    """Puts environments into `scene_states` (N,)."""
+    from tasks import stock
+
+    def put(tree: dict[str, Any], new: Any) -> dict[str, Any]:
+        def changed(key: str, x: Any) -> Any:
+            return x if key not in new.keys() else put(x, new[key]) if isinstance(x, dict) else new[key].to(x.device)
+
+        return {key: changed(key, x) for key, x in tree.items()}
+
+    if hasattr(env, "reset_to"):
+        # draws new starts, then overwrites them
+        env.reset_to(put(env.scene.get_state(is_relative=True), states["scene"]), None, is_relative=True)
+        env.action_manager.reset()  # some actions begin at the joints as they were drawn
+    else:
+        stock.restore(env, put(stock.snapshot(env), states["scene"]))
+    if task.target:
+        getattr(env, task.target)[:] = states["target"]
 
 
 def refresh_observations(env: Any) -> None:

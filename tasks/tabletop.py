@@ -314,7 +314,13 @@ class held(ManagerTermBase):  # noqa: N801 (a term is called like a function)
         return self._count >= steps
 
 
-def randomise_start(env, env_ids: torch.Tensor, gantry_share: float = 0.0, asked: tuple[int, ...] = (0, 1)):
+def randomise_start(
+    env,
+    env_ids: torch.Tensor,
+    gantry_share: float = 0.0,
+    asked: tuple[int, ...] = (0, 1),
+    weights: torch.Tensor | None = None,
+):
     """Draw episode starts: one cube in each row (random side), in one of three slots with jitter and yaw; a random target.
 
     Args:
@@ -323,6 +329,7 @@ def randomise_start(env, env_ids: torch.Tensor, gantry_share: float = 0.0, asked
         gantry_share: share of episodes that start from a random gripper pose, some with the fingers part closed,
             instead of home; demonstrations use it to show recoveries.
         asked: instructions to draw from, as indices.
+        weights: how often each of these, (len(asked),); all equally by default.
     """
     ids = torch.arange(env.num_envs, device=env.device)[env_ids]
     n, scene = len(ids), env.scene
@@ -351,7 +358,9 @@ def randomise_start(env, env_ids: torch.Tensor, gantry_share: float = 0.0, asked
         scene[colour].write_root_pose_to_sim_index(root_pose=pose, env_ids=ids.int())
         still = torch.zeros(n, 6, device=env.device)
         scene[colour].write_root_velocity_to_sim_index(root_velocity=still, env_ids=ids.int())
-    env.target[ids] = torch.tensor(asked, device=env.device)[torch.randint(0, len(asked), (n,), device=env.device)]
+    equal = weights is None
+    drawn = torch.randint(0, len(asked), (n,), device=env.device) if equal else torch.multinomial(weights, n, replacement=True)
+    env.target[ids] = torch.tensor(asked, device=env.device)[drawn]
 
 
 def asked_for(env) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -459,7 +468,7 @@ class TerminationsCfg:
 class EventsCfg:
     """Episode starts."""
 
-    reset = EventTermCfg(func=randomise_start, mode="reset", params={"gantry_share": 0.0})
+    reset = EventTermCfg(func=randomise_start, mode="reset", params={"gantry_share": 0.0, "weights": None})
 
 
 def lift_solver(**changes) -> MJWarpSolverCfg:
