@@ -491,7 +491,7 @@ class GeneratedEnv:
         self.task, self.num_envs = task, args.num_envs
         self.inputs = Inputs(config, make_processor(config), views, args.num_envs, args.device, args.seed)
 
-    def reset(self, seed: int, group_size: int = 1) -> TensorDict:
+    def reset(self, seed: int, *_: Any) -> TensorDict:
         self.steps, self.success = 0, torch.zeros_like(self.inputs.state[:, 0], dtype=torch.bool)  # (N,)
         return self.observe()
 

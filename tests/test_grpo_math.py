@@ -55,7 +55,7 @@ class Episodes:
     def __init__(self, first_success):
         self.task, self.ends = TASKS[TASK], torch.tensor(first_success)
 
-    def reset(self, seed: int, group_size: int = 1) -> TensorDict:
+    def reset(self, seed: int, group_size: int = 1, bank=None) -> TensorDict:
         self.chunks = 0
         return self.observe()
 

@@ -69,7 +69,7 @@ class Episodes:
     def observe(self) -> TensorDict:
         return observation(self.args, self.num_envs, 100 * len(self.seeds) + self.steps, self.steps)
 
-    def reset(self, seed: int) -> TensorDict:
+    def reset(self, seed: int, bank=None) -> TensorDict:
         self.seeds.append(seed)
         self.steps, self.success = 0, torch.zeros(self.num_envs, dtype=torch.bool)
         self.failure = torch.zeros_like(self.success)

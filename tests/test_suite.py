@@ -116,3 +116,43 @@ def test_what_is_kept_out_is_asked_for_in_evaluations_alone(env):
         raise RuntimeError
     env.reset(seed=4)
     assert set(env.env.instructions) == everything
+    weights = torch.tensor([0.0, 0, 1, 0, 0, 5, 3, 0, 0, 0])  # the sixth is kept out
+    with asking(env, tuple(env.task.kept_out), weights):
+        env.reset(seed=4)
+    asked = env.env.target.bincount(minlength=10)
+    assert asked[2] + asked[6] == N and 20 < asked[2] < 60  # 40 in the mean, standard deviation 5.5
+    with asking(env, (), torch.ones(1)):  # of a run with an instruction of its own
+        env.reset(seed=4)
+    assert len(set(env.env.instructions)) == 10
+
+
+def test_groups_from_the_bank_are_alike_to_the_bit_from_mid_episode_too(env):
+    """Expert actions with noise, which half of the members lack, make mixed groups; their states come back as they were."""
+    from common import Metrics, Ranks, StartBank
+    from tasks import tabletop
+    from tests.test_tabletop import physics_state
+
+    size, bank = 8, StartBank(10, N // 8, 0.5, "cpu", Ranks(0, 1))
+    heads = torch.arange(N) // size * size
+    seen = []  # states at the chunk boundary, all iterations
+    for seed in (31, 32, 33):
+        obs, g = env.reset(seed, size, bank), torch.Generator().manual_seed(seed)
+        assert torch.equal(physics_state(env), physics_state(env)[heads])
+        assert torch.equal(obs["images"], obs["images"][heads]) and torch.equal(obs["prompt"], obs["prompt"][heads])
+        for t in range(tabletop.SUITE_HORIZON):
+            if t == 8:
+                seen.append(physics_state(env))
+                bank.note(env.states(), ~env.ended)
+            good = (torch.arange(N) % 2 == 0)[:, None] | (torch.arange(N) < N // 2)[:, None]
+            action = tabletop.suite_expert(env.env)
+            env.step_chunk(torch.where(good, action, torch.randn(N, 4, generator=g))[:, None], last=True)
+        bank.record(env.success, size, log := Metrics("cpu", Ranks(0, 1)))
+    assert log.read()["curriculum/midway"] > 0  # some of the third iteration's groups began so
+    middle = torch.cat(seen)
+    env.reset(34, size, bank)
+    begun = physics_state(env)[::size]
+    found = torch.tensor([bool((row == middle).all(1).any()) for row in begun])
+    assert found.sum() == bank.begun["midway"].sum() > 0 and torch.equal(found, bank.begun["midway"] == 1)
+    for _ in range(16):
+        env.step_chunk(torch.randn(N // size, 4, generator=g).repeat_interleave(size, 0)[:, None], last=True)
+        assert torch.equal(physics_state(env), physics_state(env)[heads])
