@@ -1,4 +1,4 @@
-"""SFT alone, GRPO and four kinds of PPO on GR00T: success against episodes and against wall clock, over seeds.
+"""SFT alone, three kinds of GRPO and four of PPO on GR00T: success against episodes and against wall clock, over seeds.
 
     python benchmarks/ppo_vs_grpo.py                             # the embedded task, the shipped tiny checkpoint, a CPU
     python benchmarks/ppo_vs_grpo.py --methods grpo ppo --seeds 1 2 3 4 5 --checkpoint <folder>
@@ -39,6 +39,8 @@ UNFREEZE = "--lora-targets dit-attention dit-feed-forward vl-attention llm-atten
 METHODS: dict[str, tuple[str, str]] = {
     "sft": ("grpo_gr00t.py", "--evaluate"),
     "grpo": ("grpo_gr00t.py", ""),
+    "grpo-lora": ("grpo_gr00t_lora.py", ""),
+    "grpo-unfreeze": ("grpo_gr00t_lora.py", f"{UNFREEZE} --unfreeze head vl:20% llm:40%:1e-4 vision:60%:1e-4"),
     "ppo": ("ppo_gr00t_frozen.py", ""),
     "ppo-privileged": ("ppo_gr00t_frozen.py", "--critic-obs privileged"),
     "ppo-lora": ("ppo_gr00t_lora.py", ""),

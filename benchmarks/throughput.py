@@ -57,7 +57,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 What = Literal["predict", "rollout", "update", "memory", "newton"]
-Script = Literal["grpo_gr00t", "ppo_gr00t_frozen", "ppo_gr00t_lora"]
+Script = Literal["grpo_gr00t", "grpo_gr00t_lora", "ppo_gr00t_frozen", "ppo_gr00t_lora"]
 Precision = Literal["plain", "compiled", "fp8", "bf16"]
 LEVERS: dict[str, str] = {
     "no-lm-head": "no logits",

@@ -6,10 +6,11 @@
 Every top-level function or class that the parent has, too, is the parent's text, unless its name stands in DIFFERS. With a
 dotted name only that member of a class may differ, be new or be missing; all others are the parent's, while the class's
 first line and docstring are free. A name in DIFFERS that does not differ is reported as well: the list stays true.
+With several parents, PARENT = ("a.py", "b.py"), the text of any of them will do.
 
     python tests/copies.py [--fix] [script.py ...]     # the scripts in CHILDREN, or others
 
-`--fix` takes the parent's text over; members that are new or missing are left to you.
+`--fix` takes the parent's text over; members that are new or missing, and texts of which there are two, are left to you.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CHILDREN = ("ppo_gr00t_frozen.py", "ppo_gr00t_lora.py", "sft_gr00t.py", "ppo_isaac_rgb.py")  # parents first
+CHILDREN = (
+    "ppo_gr00t_frozen.py",
+    "ppo_gr00t_lora.py",
+    "grpo_gr00t_lora.py",
+    "sft_gr00t.py",
+    "ppo_isaac_rgb.py",
+)  # parents first
 REFERENCE = re.compile(r"`([\w./-]+\.py)(:\d+)?` \(`([\w.]+)`\)")  # `file.py` (`name`), in documents
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -66,18 +73,21 @@ def declared(text: str, name: str):
 def check_copies(script: Path, fix: bool = False) -> list[str]:
     """What is wrong with a script's copies, one line each; those that `fix` can repair it repairs and leaves out."""
     text = script.read_text()
-    parent, differs = declared(text, "PARENT"), set(declared(text, "DIFFERS") or ())
-    if not parent or not (script.parent / parent).is_file():
-        return [f"{script.name}: PARENT is {parent!r}, the name of no script beside it"]
-    lines, original = text.split("\n"), (script.parent / parent).read_text()
-    own, theirs, source = definitions(text), definitions(original), original.split("\n")
+    named, differs = declared(text, "PARENT"), set(declared(text, "DIFFERS") or ())
+    parents = named if isinstance(named, tuple) else (named,)
+    if not all(parent and (script.parent / parent).is_file() for parent in parents):
+        return [f"{script.name}: PARENT is {named!r}, the name of no script beside it"]
+    lines, own, theirs = text.split("\n"), definitions(text), {}
+    for original in ((script.parent / parent).read_text() for parent in parents):
+        for name, where in definitions(original).items():
+            theirs.setdefault(name, []).append(original.split("\n")[where])
     open_classes = {name.partition(".")[0] for name in differs if "." in name}
 
     def free(name: str) -> bool:
         return name in differs or name in open_classes or name.partition(".")[0] in differs - open_classes
 
     def same(name: str) -> bool:
-        return name in own and name in theirs and lines[own[name]] == source[theirs[name]]
+        return name in own and lines[own[name]] in theirs.get(name, ())
 
     problems = []
     for name in sorted(differs):
@@ -91,10 +101,12 @@ def check_copies(script: Path, fix: bool = False) -> list[str]:
     members = [name for name in [*own, *theirs] if "." in name and name.partition(".")[0] in open_classes & set(both)]
     drifted = [name for name in dict.fromkeys([*both, *members]) if not free(name) and not same(name)]
     for name in sorted(drifted, key=lambda name: own[name].start if name in own else 0, reverse=True):  # lines above stay put
-        if fix and name in own and name in theirs:
-            lines[own[name]] = source[theirs[name]]
+        texts = theirs.get(name, ())
+        if fix and name in own and texts and all(text == texts[0] for text in texts):
+            lines[own[name]] = texts[0]
         else:
-            problems.append(f"{script.name}: {name} differs from {parent}'s, and does not stand in DIFFERS")
+            whose = " and ".join(f"{parent}'s" for parent in parents)
+            problems.append(f"{script.name}: {name} differs from {whose}, and does not stand in DIFFERS")
     if fix:
         script.write_text("\n".join(lines))
     return problems

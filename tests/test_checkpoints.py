@@ -197,7 +197,9 @@ def test_the_wrong_robot_with_the_right_keys(layout, caplog):
     assert f"{STACK} is made for tag isaaclab_franka" in caplog.text and "libero_franka" in caplog.text
 
 
-@pytest.mark.parametrize("script", ["grpo_gr00t", "ppo_gr00t_frozen", "ppo_gr00t_lora", "serve_gr00t", "sft_gr00t"])
+@pytest.mark.parametrize(
+    "script", ["grpo_gr00t", "grpo_gr00t_lora", "ppo_gr00t_frozen", "ppo_gr00t_lora", "serve_gr00t", "sft_gr00t"]
+)
 def test_command_lines(script, layout):
     """Within seconds, one line, no weights: there are none."""
     folder, start = layout / "nvidia/GR00T-N1.5-3B", time.monotonic()

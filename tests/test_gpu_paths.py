@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import nn
 
 import grpo_gr00t
+import grpo_gr00t_lora
 import ppo_gr00t_frozen
 import ppo_gr00t_lora
 from benchmarks import throughput
@@ -19,7 +20,8 @@ from gr00t_n1d5.network import Fp8Linear, Gr00tConfig, Gr00tN1d5, recompute
 from gr00t_n1d5.policy import take
 from tests.test_grpo_math import ALONE, observation, perturb
 
-every_script = pytest.mark.parametrize("module", [grpo_gr00t, ppo_gr00t_frozen, ppo_gr00t_lora], ids=lambda m: m.__name__)
+SCRIPTS = [grpo_gr00t, grpo_gr00t_lora, ppo_gr00t_frozen, ppo_gr00t_lora]
+every_script = pytest.mark.parametrize("module", SCRIPTS, ids=lambda m: m.__name__)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

@@ -170,7 +170,7 @@ def measured(name: str, views: int, envs: int, budget: float, **flags) -> tuple[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("views, envs, budget", [(1, 4096, 40), (2, 256, 60)])
-@pytest.mark.parametrize("name", ["grpo_gr00t", "ppo_gr00t_frozen", "ppo_gr00t_lora"])
+@pytest.mark.parametrize("name", ["grpo_gr00t", "grpo_gr00t_lora", "ppo_gr00t_frozen", "ppo_gr00t_lora"])
 def test_what_is_planned_is_what_is_held(name, views, envs, budget):
     # fake tensors are not let go: a process of its own
     command = [sys.executable, "-W", "ignore", __file__, name, str(views), str(envs), str(budget)]

@@ -38,18 +38,21 @@ def test_the_scripts_take_the_command_lines(method):
     own = set(found) - set(wanted)
     default = dataclasses.asdict(module.Args())
     changed = {name for name in own if found[name] != default[name]}
-    expected = {"ppo-privileged": {"critic_obs"}, "ppo-unfreeze": {"lora_targets", "unfreeze"}}
+    unfreeze = {"lora_targets", "unfreeze"}
+    expected = {"ppo-privileged": {"critic_obs"}, "ppo-unfreeze": unfreeze, "grpo-unfreeze": unfreeze}
     assert changed == expected.get(method, set())
 
 
-def test_stages_begin_at_shares_of_the_run():
-    import ppo_gr00t_lora
-
+@pytest.mark.parametrize(
+    "method, script, head", [("ppo-unfreeze", "ppo_gr00t_lora", 3), ("grpo-unfreeze", "grpo_gr00t_lora", 0)]
+)
+def test_stages_begin_at_shares_of_the_run(method, script, head):
+    script = importlib.import_module(script)
     for iterations, starts in ((150, (30, 60, 90)), (7, (1, 3, 4))):  # 7: 1.4, 2.8 and 4.2, rounded
-        args = tyro.cli(ppo_gr00t_lora.Args, args=bench.command(Args(iterations=iterations), "ppo-unfreeze", 1)[2:])
-        stages = [(stage.name, stage.start, stage.learning_rate) for stage in ppo_gr00t_lora.parse_schedule(args)]
+        args = tyro.cli(script.Args, args=bench.command(Args(iterations=iterations), method, 1)[2:])
+        stages = [(stage.name, stage.start, stage.learning_rate) for stage in script.parse_schedule(args)]
         rest = zip(("vl", "llm", "vision"), starts, (args.learning_rate, 1e-4, 1e-4))
-        assert sorted(stages) == sorted([("head", 3, args.learning_rate), *rest])
+        assert sorted(stages) == sorted([("head", head, args.learning_rate), *rest])
 
 
 def test_more_flags_for_a_method():

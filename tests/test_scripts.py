@@ -19,7 +19,9 @@ from tests import copies
 
 ROOT = Path(__file__).resolve().parents[1]
 # by name: a copy that lies beside them is its owner's
-RESUMABLE = ("grpo_gr00t.py", "ppo_gr00t_frozen.py", "ppo_gr00t_lora.py", "ppo_isaac.py", "ppo_isaac_rgb.py")
+RESUMABLE = (
+    "grpo_gr00t.py", "grpo_gr00t_lora.py", "ppo_gr00t_frozen.py", "ppo_gr00t_lora.py", "ppo_isaac.py", "ppo_isaac_rgb.py"
+)  # fmt: skip
 TRAINING = (*RESUMABLE, "sft_gr00t.py")
 SCRIPTS = (*TRAINING, "serve_gr00t.py")
 FILES = [*ROOT.glob("tasks/*.py"), *ROOT.glob("gr00t_n1d5/*.py")]
@@ -91,6 +93,10 @@ REFUSALS = {
         ("--seed -1", "0 or more"),
         ("--resume runs/none", "name a folder like runs/<name>"),
         ("--checkpoint ./nowhere", "nowhere: no such folder"),
+    ],
+    "grpo_gr00t_lora.py": [
+        ("--num-envs 24", "multiple of --group-size 16"),
+        ("--unfreeze head:3 vl:5", "begin a stage at 0"),
     ],
     "ppo_gr00t_frozen.py": [
         ("--critic-obs privileged --task Isaac-Humanoid", "use features"),
@@ -356,6 +362,26 @@ def test_a_drifted_copy_fails_and_is_repaired(tmp_path):
         assert copies.check_copies(child) == [f"child.py: {name} differs from parent.py's, and does not stand in DIFFERS"]
         assert subprocess.run(command, capture_output=True).returncode == 1
         assert subprocess.run([*command, "--fix"], capture_output=True).returncode == 0 and child.read_text() == CHILD
+
+
+def test_a_copy_may_have_two_parents(tmp_path):
+    """Either text will do; where they are two, `--fix` does not choose."""
+    other = PARENT.replace("return x * x", "return x**2").replace("return 2", "return 9")
+    (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "other.py").write_text(other)
+    child = tmp_path / "child.py"
+    declared = CHILD.replace('"parent.py"', '("parent.py", "other.py")')
+    for text in (declared, declared.replace("return x * x", "return x**2"), declared.replace("return 2", "return 9")):
+        child.write_text(text)
+        assert copies.check_copies(child) == []
+    whose = "differs from parent.py's and other.py's, and does not stand in DIFFERS"
+    for old, new, name in (("return x * x", "return x**3", "square"), ("of denoising", "", "Policy.steps")):
+        child.write_text(declared.replace(old, new))
+        assert copies.check_copies(child) == [f"child.py: {name} {whose}"]
+        repaired = copies.check_copies(child, fix=True) == []
+        assert repaired == (name == "Policy.steps") == (child.read_text() == declared)
+    child.write_text(declared.replace("other.py", "nobody.py"))
+    assert "the name of no script" in copies.check_copies(child)[0]
 
 
 def test_the_list_of_differences_stays_true(tmp_path):

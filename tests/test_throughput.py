@@ -272,7 +272,7 @@ def test_update_and_memory_rows(tmp_path):
     assert "cached over recomputed" in (tmp_path / "out" / "table.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["ppo_gr00t_frozen", "ppo_gr00t_lora"])
+@pytest.mark.parametrize("name", ["grpo_gr00t_lora", "ppo_gr00t_frozen", "ppo_gr00t_lora"])
 def test_the_other_scripts_update(name, tmp_path):
     args = resolve(tiny(tmp_path, dtype="float32"))
     flags = {"micro_batch_size": 8, "feature_cache": "off"}
