@@ -39,13 +39,16 @@ from gr00t_n1d5.files import is_full_size
 from tasks.gr00t import (
     TASKS,
     Prompts,
+    all_instructions,
     asking,
-    find_task,
+    find_tasks,
     make_task,
+    rank_task,
     refresh_observations,
     scene_states,
     start_from,
     task_config,
+    task_names,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -55,10 +58,10 @@ HERE = Path(__file__).resolve().parent
 @dataclass
 class Args:
     # general
-    task: str = "Tabletop-Lift-Cube-v0"  # a row of TASKS in tasks/gr00t.py
+    task: str | tuple[str, ...] = "Tabletop-Lift-Cube-v0"  # a row of TASKS in tasks/gr00t.py; or several, for ranks in turn
     instruction: str | None = None  # overrides the task's own instruction(s)
     checkpoint: str = str(HERE / "checkpoints" / "tiny")  # GR00T N1.5: a local folder or a hub id
-    embodiment_tag: str | None = None  # entry of the checkpoint's metadata.json; may be left out where there is one
+    embodiment_tag: str | None = None  # entry of the checkpoint's metadata.json; may be left out where one fits
     data_config: str | None = None  # which of its keys the network gets, and how: a row of DATA_CONFIGS, or a JSON file
     seed: int = 1  # of the episode starts, the sampler's noise and the minibatches
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
@@ -117,7 +120,7 @@ def parse() -> Args:
 
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
-    args.task = find_task(args.task)
+    args.task = find_tasks(args.task, int(os.environ.get("WORLD_SIZE", 1)))
     check_positive(
         num_envs=args.num_envs, iterations=args.iterations, save_every=args.save_every, chunk=args.chunk,
         denoise_steps=args.denoise_steps, noise_level=args.noise_level, learning_rate=args.learning_rate,
@@ -138,9 +141,10 @@ def check(args: Args) -> Args:
     if args.num_envs % (args.group_size * world):
         of = f"--group-size {args.group_size}" + (f" times {world} ranks" if world > 1 else "")
         raise SystemExit(f"--num-envs {args.num_envs}: must be a multiple of {of}")
-    check_checkpoint(args.checkpoint, args.embodiment_tag, args.data_config, args.task, TASKS)
+    for task in task_names(args.task):
+        check_checkpoint(args.checkpoint, args.embodiment_tag, args.data_config, task, TASKS)
     stem = "eval" if args.evaluate else Path(__file__).stem
-    args.exp_name = run_name(args.exp_name, stem, args.task, args.seed, resume=args.resume)
+    args.exp_name = run_name(args.exp_name, stem, "+".join(task_names(args.task)), args.seed, resume=args.resume)
     return args
 
 
@@ -164,9 +168,10 @@ class ChunkEnv:
     """
 
     def __init__(self, args: Args, cfg):
-        self.task = TASKS[args.task]
-        self.env, self.terminations = make_task(args.task, cfg)
+        self.task = TASKS[rank_task(args.task)]
+        self.env, self.terminations = make_task(rank_task(args.task), cfg)
         self.prompts = Prompts(self.env, self.task, args.instruction)
+        self.asked = all_instructions(args.task, args.instruction)
         self.num_envs, self.device = self.env.num_envs, self.env.device
 
     def reset(self, seed: int, group_size: int = 1, bank: StartBank | None = None) -> TensorDict:
@@ -198,8 +203,8 @@ class ChunkEnv:
         return self.success | self.failure
 
     def states(self) -> TensorDict:
-        """(N,) where everything is and what is asked for, to start from."""
-        return scene_states(self.env, self.task).set("prompt", self.prompts.index())
+        """(N,) where everything is and what is asked for, to start from; `prompt` numbers the instructions of all ranks."""
+        return scene_states(self.env, self.task).set("prompt", self.asked.number(self.prompts.index())[0])
 
     def observe(self) -> TensorDict:
         """images (N, V, H, W, 3) uint8, state (N, d) in the simulator's units, prompt (N,) index of the instruction."""
@@ -210,9 +215,10 @@ class ChunkEnv:
 @contextlib.contextmanager
 def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
     """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
-    cfg = task_config(args.task, args.device, args.num_envs // ranks.world, image_size, args.physics, args.renderer)
+    task, num_envs = rank_task(args.task), args.num_envs // ranks.world
+    cfg = task_config(task, args.device, num_envs, image_size, args.physics, args.renderer)
     log = run_dir / f"simulator{ranks.rank or ''}.log"
-    with start_simulator(cfg, args.device, cameras=bool(TASKS[args.task].cameras), log=log) as ready:
+    with start_simulator(cfg, args.device, cameras=bool(TASKS[task].cameras), log=log) as ready:
         env = ChunkEnv(args, cfg)
         env.reset(seed=0)
         ready()
@@ -245,10 +251,10 @@ class Gr00tActor(Gr00tPolicy):
     """GR00T N1.5 as a stochastic policy: frozen backbone, trained action head, frozen copy of the head as the base."""
 
     def __init__(self, args: Args):
-        task = TASKS[args.task]
+        task = TASKS[rank_task(args.task)]
         super().__init__(
             args.checkpoint, args.embodiment_tag, args.data_config, task, task.texts(args.instruction), args.device,
-            args.precision,
+            args.precision, rows=[TASKS[name] for name in task_names(args.task)],
         )  # fmt: skip
         self.base_head = copy.deepcopy(self.net.action_head).requires_grad_(False)
         self.chunk = args.chunk or self.action_shape[0]
@@ -367,7 +373,7 @@ def advantages(samples: TensorDict, success: Tensor, args: Args, ranks: Ranks, l
     total, count = ranks.reduce(torch.stack([weight.sum(), keep.sum()]))
     samples["weight"] = weight * (count / total.clamp(min=1e-12))  # mean 1 over all ranks
     samples["advantage"] = advantage.expand_as(keep)
-    asked = (samples["prompt"][0], len(TASKS[args.task].texts(args.instruction)))  # (N,), of so many instructions
+    asked = all_instructions(args.task, args.instruction).number(samples["prompt"][0])  # (N,), of so many
     log.mean("rollout/success", success, by=asked)
     log.mean("rollout/zero_variance_share", ~mixed, by=asked)
     log.sum("rollout/samples", keep)
@@ -445,12 +451,13 @@ def check_ratio(metrics: dict[str, float], args: Args) -> None:
         raise SystemExit(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
 
 
-def make_bank(args: Args, policy: Gr00tActor, run: Run, ranks: Ranks) -> StartBank | None:
+def make_bank(args: Args, run: Run, ranks: Ranks) -> StartBank | None:
     """The bank of starts, that of the run to resume; None where starts are drawn uniformly."""
     if args.curriculum == "uniform":
         return None
     groups = args.num_envs // ranks.world // args.group_size
-    bank = StartBank(len(policy.texts), groups, args.bank_share, args.device, ranks)
+    asked = all_instructions(args.task, args.instruction)
+    bank = StartBank(len(asked.names), groups, args.bank_share, args.device, ranks)
     if run.state.get("bank"):
         bank.load(run.state["bank"][ranks.rank])
     return bank
@@ -461,10 +468,11 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
     fused = policy.device.type == "cuda"  # without temporaries of the weights' size
     optimizer = torch.optim.AdamW(policy.trainable(), args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
     run.restore_optimizer(optimizer)
-    timer, steps, metrics, result = StageTimer(args.device), args.num_envs * env.task.horizon, {}, None
-    bank = make_bank(args, policy, run, ranks)
+    timer, asked, metrics, result = StageTimer(args.device), all_instructions(args.task, args.instruction), {}, None
+    steps = sum(ranks.gather(args.num_envs // ranks.world * env.task.horizon))
+    bank = make_bank(args, run, ranks)
     if run.state["iteration"] == 0:
-        run.result(ode_success_before=evaluate(args, env, policy, ranks), instructions=policy.texts)
+        run.result(ode_success_before=evaluate(args, env, policy, ranks), instructions=asked.names)
         record(args, env, policy, run, ranks, "before")
     for iteration in range(run.state["iteration"], args.iterations):
         optimizer.param_groups[0]["lr"] = learning_rate(args, iteration)
@@ -510,14 +518,15 @@ def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explor
     if not args.eval_episodes:
         return {}
     batches, T = math.ceil(args.eval_episodes / args.num_envs), env.task.horizon // policy.chunk
-    tally = torch.zeros(2, len(policy.texts), device=args.device)  # successes and episodes of each instruction
+    asked = all_instructions(args.task, args.instruction)
+    tally = torch.zeros(2, len(asked.names), device=args.device)  # successes and episodes of each instruction
     for b in range(batches):
         obs, noise = env.reset(episode_seed(args.eval_seed, b, ranks)), Noise(args.device, ranks, args.eval_seed, b)
-        prompt = obs["prompt"]
+        prompt, _ = asked.number(obs["prompt"])
         for t in range(T):
             obs = env.step_chunk(policy.act(obs, noise, explore)["action"], last=t + 1 == T)
         tally.index_add_(1, prompt, torch.stack([env.success, torch.ones_like(env.success)]).float())
-    return success_rates(policy.texts, *ranks.reduce(tally).tolist(), env.task.kept_out)
+    return success_rates(asked.names, *ranks.reduce(tally).tolist(), asked.notes)
 
 
 @torch.no_grad()
@@ -541,7 +550,7 @@ def record(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks
 # ======== main ========================================================================================================
 def main(args: Args) -> None:
     args.device = pick_device(args.device)
-    ranks, task = Ranks.start(args.device), TASKS[args.task]
+    ranks, task = Ranks.start(args.device), TASKS[rank_task(args.task)]
     policy = Gr00tActor(args)
     args.feature_cache, args.micro_batch_size, plan = plan_memory(
         policy, args.num_envs // ranks.world, task.horizon // policy.chunk, args.feature_cache, args.micro_batch_size,
@@ -550,12 +559,13 @@ def main(args: Args) -> None:
     policy.micro_batch_size = args.micro_batch_size
     with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device, args.resume) as run:
         run.restore(policy.load)
-        run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs; {plan}")
-        run.event(f"instructions: {'; '.join(policy.texts)}")
+        run.event(f"{run.dir}: {' and '.join(task_names(args.task))} on {args.device}, {args.num_envs} envs; {plan}")
+        run.event(f"instructions: {'; '.join(all_instructions(args.task, args.instruction).names)}")
         run.event(f"starting the simulator (its own output: {run.dir}/simulator.log)")
         with make_env(args, policy.camera_size, run.dir, ranks) as env:
-            if odd := policy.processor.unusual(env.env.obs_buf["policy"]):
-                run.event(f"warning: states are far from what the checkpoint was trained on: {odd}")
+            odd = ranks.gather(policy.processor.unusual(env.env.obs_buf["policy"]))[: len(task_names(args.task))]  # of each
+            for keys in filter(None, odd):
+                run.event(f"warning: states are far from what the checkpoint was trained on: {keys}")
             if args.evaluate:
                 run.result(ode_success=evaluate(args, env, policy, ranks))
             else:

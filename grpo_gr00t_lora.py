@@ -26,11 +26,24 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from common import Metrics, Noise, Ranks, Run, StageTimer, group_advantages, success_rates
+from common import Metrics, Noise, Ranks, Run, StageTimer, StartBank, group_advantages, success_rates
 from common import check_not_negative, check_positive, pick_device, run_name, saved_args
 from gr00t_n1d5.embodiment import check_checkpoint
 from gr00t_n1d5.files import is_full_size
-from tasks.gr00t import TASKS, Prompts, asking, copy_leaders, find_task, make_task, refresh_observations, task_config
+from tasks.gr00t import (
+    TASKS,
+    Prompts,
+    all_instructions,
+    asking,
+    find_tasks,
+    make_task,
+    rank_task,
+    refresh_observations,
+    scene_states,
+    start_from,
+    task_config,
+    task_names,
+)
 
 HERE = Path(__file__).resolve().parent
 PARENT = ("grpo_gr00t.py", "ppo_gr00t_lora.py")
@@ -44,10 +57,10 @@ DIFFERS = {
 @dataclass
 class Args:
     # general
-    task: str = "Tabletop-Lift-Cube-v0"  # a row of TASKS in tasks/gr00t.py
+    task: str | tuple[str, ...] = "Tabletop-Lift-Cube-v0"  # a row of TASKS in tasks/gr00t.py; or several, for ranks in turn
     instruction: str | None = None  # overrides the task's own instruction(s)
     checkpoint: str = str(HERE / "checkpoints" / "tiny")  # GR00T N1.5: a local folder or a hub id
-    embodiment_tag: str | None = None  # entry of the checkpoint's metadata.json; may be left out where there is one
+    embodiment_tag: str | None = None  # entry of the checkpoint's metadata.json; may be left out where one fits
     data_config: str | None = None  # which of its keys the network gets, and how: a row of DATA_CONFIGS, or a JSON file
     seed: int = 1  # of the episode starts, the sampler's noise and the minibatches
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
@@ -65,6 +78,9 @@ class Args:
 
     # algorithm
     group_size: int = 16  # episodes that start from one identical state and instruction
+    curriculum: Literal["uniform", "learnability"] = "uniform"  # how starts are drawn; by p(1-p) of what became of them
+    bank_share: float = 0.5  # of the groups that begin from earlier starts then; 0: instructions alone are chosen so
+    midway: bool = False  # those may be states in mid-episode, at a chunk's boundary
     lora_targets: tuple[str, ...] = ("dit-attention", "dit-feed-forward", "vl-attention")  # what gets adapters, of TARGETS
     lora_rank: int = 16  # rank of an adapter, whose output is doubled: alpha is twice the rank
     llm_layers: int = 4  # how many of the language model's top layers llm-attention adapts
@@ -122,7 +138,7 @@ def parse() -> Args:
 
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
-    args.task = find_task(args.task)
+    args.task = find_tasks(args.task, int(os.environ.get("WORLD_SIZE", 1)))
     check_positive(
         num_envs=args.num_envs, iterations=args.iterations, save_every=args.save_every, chunk=args.chunk,
         denoise_steps=args.denoise_steps, noise_level=args.noise_level, learning_rate=args.learning_rate,
@@ -131,9 +147,13 @@ def check(args: Args) -> Args:
     )  # fmt: skip
     check_not_negative(
         seed=args.seed, eval_seed=args.eval_seed, eval_every=args.eval_every, eval_episodes=args.eval_episodes,
-        lr_warmup=args.lr_warmup, lr_hold=args.lr_hold, kl_coef=args.kl_coef,
+        lr_warmup=args.lr_warmup, lr_hold=args.lr_hold, kl_coef=args.kl_coef, bank_share=args.bank_share,
     )  # fmt: skip
     parse_schedule(args)
+    if args.bank_share > 1:
+        raise SystemExit(f"--bank-share {args.bank_share}: must be from 0 to 1")
+    if args.midway and args.curriculum == "uniform":
+        raise SystemExit("--midway: states in mid-episode come from the bank; add --curriculum learnability")
     if args.precision == "fp8" and {"llm-attention", "vision-attention"} & set(args.lora_targets):
         raise SystemExit("--precision fp8: is for a frozen backbone; use bf16, or leave out llm-attention and vision-attention")
     if args.group_size < 2:
@@ -142,9 +162,10 @@ def check(args: Args) -> Args:
     if args.num_envs % (args.group_size * world):
         of = f"--group-size {args.group_size}" + (f" times {world} ranks" if world > 1 else "")
         raise SystemExit(f"--num-envs {args.num_envs}: must be a multiple of {of}")
-    check_checkpoint(args.checkpoint, args.embodiment_tag, args.data_config, args.task, TASKS)
+    for task in task_names(args.task):
+        check_checkpoint(args.checkpoint, args.embodiment_tag, args.data_config, task, TASKS)
     stem = "eval" if args.evaluate else Path(__file__).stem
-    args.exp_name = run_name(args.exp_name, stem, args.task, args.seed, resume=args.resume)
+    args.exp_name = run_name(args.exp_name, stem, "+".join(task_names(args.task)), args.seed, resume=args.resume)
     return args
 
 
@@ -211,17 +232,20 @@ class ChunkEnv:
     """
 
     def __init__(self, args: Args, cfg):
-        self.task = TASKS[args.task]
-        self.env, self.terminations = make_task(args.task, cfg)
+        self.task = TASKS[rank_task(args.task)]
+        self.env, self.terminations = make_task(rank_task(args.task), cfg)
         self.prompts = Prompts(self.env, self.task, args.instruction)
+        self.asked = all_instructions(args.task, args.instruction)
         self.num_envs, self.device = self.env.num_envs, self.env.device
 
-    def reset(self, seed: int, group_size: int = 1) -> TensorDict:
-        """Starts one episode everywhere; the starts depend on the seed and the number of environments alone."""
+    def reset(self, seed: int, group_size: int = 1, bank: StartBank | None = None) -> TensorDict:
+        """Starts one episode everywhere; the starts depend on the seed, the number of environments and the bank alone."""
         self.env.reset(seed=seed)
         self.prompts.fix()
-        if group_size > 1:
-            copy_leaders(self.env, self.task, group_size)
+        if group_size > 1 or bank:
+            states = self.states()[::group_size]  # (groups,)
+            states = bank.draw(states, seed) if bank else states
+            start_from(self.env, self.task, states.repeat_interleave(group_size, 0))
         refresh_observations(self.env)
         self.terminations.reset()
         self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)  # (N,)
@@ -242,6 +266,10 @@ class ChunkEnv:
         """(N,) whether an attempt is over: with its first success, or with a failure."""
         return self.success | self.failure
 
+    def states(self) -> TensorDict:
+        """(N,) where everything is and what is asked for, to start from; `prompt` numbers the instructions of all ranks."""
+        return scene_states(self.env, self.task).set("prompt", self.asked.number(self.prompts.index())[0])
+
     def observe(self) -> TensorDict:
         """images (N, V, H, W, 3) uint8, state (N, d) in the simulator's units, prompt (N,) index of the instruction."""
         state, prompt = self.env.obs_buf["policy"].clone(), self.prompts.index()
@@ -251,9 +279,10 @@ class ChunkEnv:
 @contextlib.contextmanager
 def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
     """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
-    cfg = task_config(args.task, args.device, args.num_envs // ranks.world, image_size, args.physics, args.renderer)
+    task, num_envs = rank_task(args.task), args.num_envs // ranks.world
+    cfg = task_config(task, args.device, num_envs, image_size, args.physics, args.renderer)
     log = run_dir / f"simulator{ranks.rank or ''}.log"
-    with start_simulator(cfg, args.device, cameras=bool(TASKS[args.task].cameras), log=log) as ready:
+    with start_simulator(cfg, args.device, cameras=bool(TASKS[task].cameras), log=log) as ready:
         env = ChunkEnv(args, cfg)
         env.reset(seed=0)
         ready()
@@ -286,10 +315,10 @@ class Gr00tActor(Gr00tPolicy):
     """GR00T N1.5 as a stochastic policy: adapters on frozen weights; without the adapters it is the base model."""
 
     def __init__(self, args: Args):
-        task = TASKS[args.task]
+        task = TASKS[rank_task(args.task)]
         super().__init__(
             args.checkpoint, args.embodiment_tag, args.data_config, task, task.texts(args.instruction), args.device,
-            args.precision,
+            args.precision, rows=[TASKS[name] for name in task_names(args.task)],
         )  # fmt: skip
         self.net.requires_grad_(False)
         with torch.random.fork_rng():
@@ -398,7 +427,7 @@ class Gr00tActor(Gr00tPolicy):
         """The network with the adapters added to its weights, which themselves stay as they are."""
         with torch.device("meta"):
             plain = Gr00tN1d5(self.net.config)
-        plain._tables, plain._row = self.net._tables, self.net._row
+        plain._tables, plain._rows = self.net._tables, self.net._rows
         for name, _ in list(plain.named_parameters()):
             path, _, leaf = name.rpartition(".")
             layer = self.net.get_submodule(path)  # of a layer that is trained as a whole, the trained one
@@ -446,13 +475,25 @@ def lora_config(args: Args, net: Gr00tN1d5) -> LoraConfig:
 
 # ======== rollout =====================================================================================================
 @torch.no_grad()
-def rollout(env: ChunkEnv, policy: Gr00tActor, args: Args, iteration: int, ranks: Ranks, timer: StageTimer) -> TensorDict:
+def rollout(
+    env: ChunkEnv,
+    policy: Gr00tActor,
+    args: Args,
+    iteration: int,
+    ranks: Ranks,
+    timer: StageTimer,
+    bank: StartBank | None = None,
+) -> TensorDict:
     """One episode per environment, in groups from one start: (T, N) samples, T chunks per episode."""
     noise, T = Noise(args.device, ranks, args.seed, iteration), env.task.horizon // policy.chunk
-    with timer("env"), asking(env, tuple(env.task.kept_out)):
-        obs = env.reset(episode_seed(args.seed, iteration, ranks), args.group_size)
+    seed = episode_seed(args.seed, iteration, ranks)
+    with timer("env"), asking(env, tuple(env.task.kept_out), bank and bank.asked()):
+        obs = env.reset(seed, args.group_size, bank)
+    midway = 1 + seed % (T - 1) if args.midway and T > 1 else T  # the chunk before which states are noted
     features = policy.feature_buffer(T, len(obs), args.feature_cache)  # (T, N, L, D)
     for t in range(T):
+        if t == midway:
+            bank.note(env.states(), ~env.ended)
         with timer("policy"):
             out = policy.act(obs, noise, True, None if features is None else features[t])
             kept = out.exclude("action").update({"state": obs["state"], "prompt": obs["prompt"], "valid": ~env.ended})
@@ -479,7 +520,7 @@ def advantages(samples: TensorDict, success: Tensor, args: Args, ranks: Ranks, l
     total, count = ranks.reduce(torch.stack([weight.sum(), keep.sum()]))
     samples["weight"] = weight * (count / total.clamp(min=1e-12))  # mean 1 over all ranks
     samples["advantage"] = advantage.expand_as(keep)
-    asked = (samples["prompt"][0], len(TASKS[args.task].texts(args.instruction)))  # (N,), of so many instructions
+    asked = all_instructions(args.task, args.instruction).number(samples["prompt"][0])  # (N,), of so many
     log.mean("rollout/success", success, by=asked)
     log.mean("rollout/zero_variance_share", ~mixed, by=asked)
     log.sum("rollout/samples", keep)
@@ -557,6 +598,18 @@ def check_ratio(metrics: dict[str, float], args: Args) -> None:
         raise SystemExit(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
 
 
+def make_bank(args: Args, run: Run, ranks: Ranks) -> StartBank | None:
+    """The bank of starts, that of the run to resume; None where starts are drawn uniformly."""
+    if args.curriculum == "uniform":
+        return None
+    groups = args.num_envs // ranks.world // args.group_size
+    asked = all_instructions(args.task, args.instruction)
+    bank = StartBank(len(asked.names), groups, args.bank_share, args.device, ranks)
+    if run.state.get("bank"):
+        bank.load(run.state["bank"][ranks.rank])
+    return bank
+
+
 def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks) -> None:
     """The whole run: evaluate, iterate, evaluate."""
     stages, own = parse_schedule(args), policy.groups()
@@ -564,9 +617,11 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
     fused = policy.device.type == "cuda"  # without temporaries of the weights' size
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
     run.restore_optimizer(optimizer)
-    timer, steps, metrics, result = StageTimer(args.device), args.num_envs * env.task.horizon, {}, None
+    timer, asked, metrics, result = StageTimer(args.device), all_instructions(args.task, args.instruction), {}, None
+    steps = sum(ranks.gather(args.num_envs // ranks.world * env.task.horizon))
+    bank = make_bank(args, run, ranks)
     if run.state["iteration"] == 0:
-        run.result(ode_success_before=evaluate(args, env, policy, ranks), instructions=policy.texts)
+        run.result(ode_success_before=evaluate(args, env, policy, ranks), instructions=asked.names)
         record(args, env, policy, run, ranks, "before")
     for iteration in range(run.state["iteration"], args.iterations):
         for stage, group in zip(stages, optimizer.param_groups):
@@ -576,7 +631,9 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         begun = tuple(stage.name for stage in stages if iteration >= stage.start)
         policy.unfreeze(begun)
         log = Metrics(args.device, ranks)
-        samples = rollout(env, policy, args, iteration, ranks, timer)
+        samples = rollout(env, policy, args, iteration, ranks, timer, bank)
+        if bank:
+            bank.record(env.success, args.group_size, log)
         log.mean("rollout/broken", env.terminations.get_term("broken"))  # worlds whose physics blew up; they failed
         with timer("update"):
             keep = advantages(samples, env.success, args, ranks, log)
@@ -595,7 +652,8 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         if "eval/ode_success" in metrics and run.improved(result["mean"]):
             run.save("best", policy.save)
         if last or (iteration + 1) % args.save_every == 0:
-            run.save(f"step_{iteration + 1:06d}", policy.save if last else policy.save_adapters, optimizer)
+            write, kept = policy.save if last else policy.save_adapters, bank and ranks.gather(bank.state())
+            run.save(f"step_{iteration + 1:06d}", write, optimizer, bank=kept)
     run.result(
         ode_success_after=result or evaluate(args, env, policy, ranks),
         sde_success=evaluate(args, env, policy, ranks, explore=True),
@@ -617,14 +675,15 @@ def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explor
     if not args.eval_episodes:
         return {}
     batches, T = math.ceil(args.eval_episodes / args.num_envs), env.task.horizon // policy.chunk
-    tally = torch.zeros(2, len(policy.texts), device=args.device)  # successes and episodes of each instruction
+    asked = all_instructions(args.task, args.instruction)
+    tally = torch.zeros(2, len(asked.names), device=args.device)  # successes and episodes of each instruction
     for b in range(batches):
         obs, noise = env.reset(episode_seed(args.eval_seed, b, ranks)), Noise(args.device, ranks, args.eval_seed, b)
-        prompt = obs["prompt"]
+        prompt, _ = asked.number(obs["prompt"])
         for t in range(T):
             obs = env.step_chunk(policy.act(obs, noise, explore)["action"], last=t + 1 == T)
         tally.index_add_(1, prompt, torch.stack([env.success, torch.ones_like(env.success)]).float())
-    return success_rates(policy.texts, *ranks.reduce(tally).tolist(), env.task.kept_out)
+    return success_rates(asked.names, *ranks.reduce(tally).tolist(), asked.notes)
 
 
 @torch.no_grad()
@@ -648,7 +707,7 @@ def record(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks
 # ======== main ========================================================================================================
 def main(args: Args) -> None:
     args.device = pick_device(args.device)
-    ranks, task = Ranks.start(args.device), TASKS[args.task]
+    ranks, task = Ranks.start(args.device), TASKS[rank_task(args.task)]
     policy = Gr00tActor(args)
     args.feature_cache, args.micro_batch_size, plan = plan_memory(
         policy, args.num_envs // ranks.world, task.horizon // policy.chunk, args.feature_cache, args.micro_batch_size,
@@ -657,12 +716,13 @@ def main(args: Args) -> None:
     policy.micro_batch_size = args.micro_batch_size
     with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device, args.resume) as run:
         run.restore(policy.load)
-        run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs; {plan}")
-        run.event(f"instructions: {'; '.join(policy.texts)}")
+        run.event(f"{run.dir}: {' and '.join(task_names(args.task))} on {args.device}, {args.num_envs} envs; {plan}")
+        run.event(f"instructions: {'; '.join(all_instructions(args.task, args.instruction).names)}")
         run.event(f"starting the simulator (its own output: {run.dir}/simulator.log)")
         with make_env(args, policy.camera_size, run.dir, ranks) as env:
-            if odd := policy.processor.unusual(env.env.obs_buf["policy"]):
-                run.event(f"warning: states are far from what the checkpoint was trained on: {odd}")
+            odd = ranks.gather(policy.processor.unusual(env.env.obs_buf["policy"]))[: len(task_names(args.task))]  # of each
+            for keys in filter(None, odd):
+                run.event(f"warning: states are far from what the checkpoint was trained on: {keys}")
             if args.evaluate:
                 run.result(ode_success=evaluate(args, env, policy, ranks))
             else:

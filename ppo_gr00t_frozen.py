@@ -37,13 +37,16 @@ from gr00t_n1d5.files import is_full_size
 from tasks.gr00t import (
     TASKS,
     Prompts,
+    all_instructions,
     asking,
-    find_task,
+    find_tasks,
     make_task,
+    rank_task,
     refresh_observations,
     scene_states,
     start_from,
     task_config,
+    task_names,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -59,10 +62,10 @@ DIFFERS = {
 @dataclass
 class Args:
     # general
-    task: str = "Tabletop-Lift-Cube-v0"  # a row of TASKS in tasks/gr00t.py
+    task: str | tuple[str, ...] = "Tabletop-Lift-Cube-v0"  # a row of TASKS in tasks/gr00t.py; or several, for ranks in turn
     instruction: str | None = None  # overrides the task's own instruction(s)
     checkpoint: str = str(HERE / "checkpoints" / "tiny")  # GR00T N1.5: a local folder or a hub id
-    embodiment_tag: str | None = None  # entry of the checkpoint's metadata.json; may be left out where there is one
+    embodiment_tag: str | None = None  # entry of the checkpoint's metadata.json; may be left out where one fits
     data_config: str | None = None  # which of its keys the network gets, and how: a row of DATA_CONFIGS, or a JSON file
     seed: int = 1  # of the episode starts, the sampler's noise and the minibatches
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
@@ -125,8 +128,7 @@ def parse() -> Args:
 
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
-    args.task = find_task(args.task)
-    task = TASKS[args.task]
+    args.task = find_tasks(args.task, int(os.environ.get("WORLD_SIZE", 1)))
     check_positive(
         num_envs=args.num_envs, iterations=args.iterations, save_every=args.save_every, chunk=args.chunk,
         denoise_steps=args.denoise_steps, noise_level=args.noise_level, learning_rate=args.learning_rate,
@@ -141,14 +143,16 @@ def check(args: Args) -> Args:
     for name, value in (("gamma", args.gamma), ("gae-lambda", args.gae_lambda), ("bank-share", args.bank_share)):
         if not 0 <= value <= 1:
             raise SystemExit(f"--{name} {value}: must be from 0 to 1")
-    if args.critic_obs == "privileged" and not task.privileged:
-        raise SystemExit(f"--critic-obs privileged: {args.task} has no observation group for it; use features")
+    for task in task_names(args.task):
+        if args.critic_obs == "privileged" and not TASKS[task].privileged:
+            raise SystemExit(f"--critic-obs privileged: {task} has no observation group for it; use features")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.num_envs % world:
         raise SystemExit(f"--num-envs {args.num_envs}: must be a multiple of {world} ranks")
-    check_checkpoint(args.checkpoint, args.embodiment_tag, args.data_config, args.task, TASKS)
+    for task in task_names(args.task):
+        check_checkpoint(args.checkpoint, args.embodiment_tag, args.data_config, task, TASKS)
     stem = "eval" if args.evaluate else Path(__file__).stem
-    args.exp_name = run_name(args.exp_name, stem, args.task, args.seed, resume=args.resume)
+    args.exp_name = run_name(args.exp_name, stem, "+".join(task_names(args.task)), args.seed, resume=args.resume)
     return args
 
 
@@ -173,10 +177,11 @@ class ChunkEnv:
     """
 
     def __init__(self, args: Args, cfg):
-        self.task, self.dense, self.gamma = TASKS[args.task], args.reward == "dense", args.gamma
+        self.task, self.dense, self.gamma = TASKS[rank_task(args.task)], args.reward == "dense", args.gamma
         self.critic_group = "critic" if args.critic_obs == "privileged" else "policy"
-        self.env, self.terminations = make_task(args.task, cfg)
+        self.env, self.terminations = make_task(rank_task(args.task), cfg)
         self.prompts = Prompts(self.env, self.task, args.instruction)
+        self.asked = all_instructions(args.task, args.instruction)
         self.num_envs, self.device = self.env.num_envs, self.env.device
 
     def reset(self, seed: int, bank: StartBank | None = None) -> TensorDict:
@@ -214,8 +219,8 @@ class ChunkEnv:
         return self.failure if self.dense else self.failure | self.success
 
     def states(self) -> TensorDict:
-        """(N,) where everything is and what is asked for, to start from."""
-        return scene_states(self.env, self.task).set("prompt", self.prompts.index())
+        """(N,) where everything is and what is asked for, to start from; `prompt` numbers the instructions of all ranks."""
+        return scene_states(self.env, self.task).set("prompt", self.asked.number(self.prompts.index())[0])
 
     def observe(self) -> TensorDict:
         """images (N, V, H, W, 3) uint8, state (N, d) in the simulator's units, prompt (N,) index of the instruction, and
@@ -230,10 +235,10 @@ class ChunkEnv:
 @contextlib.contextmanager
 def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
     """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
-    num_envs, dense = args.num_envs // ranks.world, args.reward == "dense"
-    cfg = task_config(args.task, args.device, num_envs, image_size, args.physics, args.renderer, dense)
+    task, num_envs, dense = rank_task(args.task), args.num_envs // ranks.world, args.reward == "dense"
+    cfg = task_config(task, args.device, num_envs, image_size, args.physics, args.renderer, dense)
     log = run_dir / f"simulator{ranks.rank or ''}.log"
-    with start_simulator(cfg, args.device, cameras=bool(TASKS[args.task].cameras), log=log) as ready:
+    with start_simulator(cfg, args.device, cameras=bool(TASKS[task].cameras), log=log) as ready:
         env = ChunkEnv(args, cfg)
         env.reset(seed=0)
         ready()
@@ -283,10 +288,10 @@ class Gr00tActor(Gr00tPolicy):
     """GR00T N1.5 as actor, with a critic: frozen backbone, trained action head, frozen copy of the head as the base."""
 
     def __init__(self, args: Args):
-        task = TASKS[args.task]
+        task = TASKS[rank_task(args.task)]
         super().__init__(
             args.checkpoint, args.embodiment_tag, args.data_config, task, task.texts(args.instruction), args.device,
-            args.precision,
+            args.precision, rows=[TASKS[name] for name in task_names(args.task)],
         )  # fmt: skip
         self.base_head = copy.deepcopy(self.net.action_head).requires_grad_(False)
         self.chunk = args.chunk or self.action_shape[0]
@@ -295,11 +300,12 @@ class Gr00tActor(Gr00tPolicy):
             raise SystemExit(f"--chunk {self.chunk}: must divide {most}")
         self.steps, self.level, self.micro_batch_size = args.denoise_steps, args.noise_level, args.micro_batch_size
         self.privileged = args.critic_obs == "privileged"
-        width = self.net.config.text_hidden_size
-        inputs = task.privileged if self.privileged else width + task.sizes["state"]
+        width, tasks = self.net.config.text_hidden_size, task_names(args.task)
+        inputs = [x.privileged if self.privileged else width + x.sizes["state"] for x in map(TASKS.get, tasks)]
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
-            self.critic = Critic(inputs + 1, max(width, 256)).to(self.device)  # 1: time
+            self.critics = nn.ModuleList(Critic(n + 1, max(width, 256)) for n in inputs).to(self.device)  # 1: time
+        self.critic = self.critics[tasks.index(rank_task(args.task))]  # each task has one, of which every rank has all
         self.accelerate(args.compile, args.activation_checkpointing)
         if args.compile and self.device.type == "cuda":
             self.denoise = torch.compile(self.denoise, mode="reduce-overhead")
@@ -377,12 +383,14 @@ class Gr00tActor(Gr00tPolicy):
     def save(self, folder: Path) -> None:
         """Writes a checkpoint in NVIDIA's layout, and the critic."""
         super().save(folder)
-        save_file(self.critic.state_dict(), folder / "critic.safetensors")
+        for i, critic in enumerate(self.critics):
+            save_file(critic.state_dict(), folder / f"critic{i or ''}.safetensors")
 
     def load(self, folder: Path) -> None:
         """Takes over what `save` wrote; the base model stays."""
         super().load(folder)
-        self.critic.load_state_dict(load_file(folder / "critic.safetensors"))
+        for i, critic in enumerate(self.critics):
+            critic.load_state_dict(load_file(folder / f"critic{i or ''}.safetensors"))
 
 
 # ======== rollout =====================================================================================================
@@ -427,7 +435,7 @@ def episode_seed(seed: int, iteration: int, ranks: Ranks) -> int:
 def advantages(samples: TensorDict, success: Tensor, args: Args, ranks: Ranks, log: Metrics) -> Tensor:
     """Gives samples (T, N) their advantages and the critic's targets; (T, N) whether they belong to an attempt."""
     keep, reward, value = samples["valid"], samples["reward"], samples["value"]
-    none, gamma = torch.zeros_like(reward), args.gamma ** (TASKS[args.task].horizon // len(reward))
+    none, gamma = torch.zeros_like(reward), args.gamma ** (TASKS[rank_task(args.task)].horizon // len(reward))
     # nothing is worth anything after the horizon: it is an end of the task, not a time-out
     advantage, target = gae(reward, value, samples["ended"], none, none, none[0], gamma, args.gae_lambda)
     n, total = ranks.reduce(torch.stack([keep.sum(), (advantage * keep).sum()]))
@@ -438,7 +446,7 @@ def advantages(samples: TensorDict, success: Tensor, args: Args, ranks: Ranks, l
     mean, square, error_mean, error_square = ranks.reduce(moments) / n
     spread, rest = square - mean**2, error_square - error_mean**2
     log.mean("update/explained_variance", torch.where(spread > 1e-8, 1 - rest / spread, 0.0))
-    asked = (samples["prompt"][0], len(TASKS[args.task].texts(args.instruction)))  # (N,), of so many instructions
+    asked = all_instructions(args.task, args.instruction).number(samples["prompt"][0])  # (N,), of so many
     log.mean("rollout/success", success, by=asked)
     log.mean("rollout/reward", reward, where=keep)
     log.mean("rollout/value", value, where=keep)
@@ -505,7 +513,7 @@ def update(policy: Gr00tActor, optimizer, samples: TensorDict, plan: list, args:
             (value_loss(policy, batch, log) / size).backward()
             if moving:
                 (ppo_loss(policy, batch, args, log, first=step == 0) / size).backward()
-        learning = {"critic_grad_norm": list(policy.critic.parameters())}
+        learning = {"critic_grad_norm": list(policy.critics.parameters())}
         learning |= {"grad_norm": policy.trainable()} if moving else {}
         for name, parameters in learning.items():
             ranks.sum_gradients(parameters)
@@ -531,11 +539,12 @@ def check_ratio(metrics: dict[str, float], args: Args) -> None:
         raise SystemExit(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
 
 
-def make_bank(args: Args, policy: Gr00tActor, run: Run, ranks: Ranks) -> StartBank | None:
+def make_bank(args: Args, run: Run, ranks: Ranks) -> StartBank | None:
     """The bank of starts, that of the run to resume; None where starts are drawn uniformly."""
     if args.curriculum == "uniform":
         return None
-    bank = StartBank(len(policy.texts), args.num_envs // ranks.world, args.bank_share, args.device, ranks)
+    asked, share = all_instructions(args.task, args.instruction), args.num_envs // ranks.world
+    bank = StartBank(len(asked.names), share, args.bank_share, args.device, ranks)
     if run.state.get("bank"):
         bank.load(run.state["bank"][ranks.rank])
     return bank
@@ -543,14 +552,15 @@ def make_bank(args: Args, policy: Gr00tActor, run: Run, ranks: Ranks) -> StartBa
 
 def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks) -> None:
     """The whole run: evaluate, iterate, evaluate."""
-    groups = [{"params": policy.trainable()}, {"params": list(policy.critic.parameters()), "lr": args.critic_lr}]
+    groups = [{"params": policy.trainable()}, {"params": list(policy.critics.parameters()), "lr": args.critic_lr}]
     fused = policy.device.type == "cuda"  # without temporaries of the weights' size
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
     run.restore_optimizer(optimizer)
-    timer, steps, metrics, result = StageTimer(args.device), args.num_envs * env.task.horizon, {}, None
-    bank = make_bank(args, policy, run, ranks)
+    timer, asked, metrics, result = StageTimer(args.device), all_instructions(args.task, args.instruction), {}, None
+    steps = sum(ranks.gather(args.num_envs // ranks.world * env.task.horizon))
+    bank = make_bank(args, run, ranks)
     if run.state["iteration"] == 0:
-        run.result(ode_success_before=evaluate(args, env, policy, ranks), instructions=policy.texts)
+        run.result(ode_success_before=evaluate(args, env, policy, ranks), instructions=asked.names)
         record(args, env, policy, run, ranks, "before")
     for iteration in range(run.state["iteration"], args.iterations):
         for group, rate in zip(optimizer.param_groups, (learning_rate(args, iteration), args.critic_lr)):
@@ -564,7 +574,9 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
             keep = advantages(samples, env.success, args, ranks, log)
             plan = plan_minibatches(keep, args, iteration, ranks, moving)
             update(policy, optimizer, samples, plan, args, ranks, log)
-            policy.critic.moments.copy_(merge_moments(policy.critic.moments, samples["critic"], ranks))
+            for critic in policy.critics:  # where a rank has another, it adds no rows
+                rows = samples["critic"] if critic is policy.critic else critic.moments[:0].float()
+                critic.moments.copy_(merge_moments(critic.moments, rows, ranks))
             metrics = log.read()
             del samples  # before there are others
         if iteration == args.critic_warmup:
@@ -599,14 +611,15 @@ def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explor
     if not args.eval_episodes:
         return {}
     batches, T = math.ceil(args.eval_episodes / args.num_envs), env.task.horizon // policy.chunk
-    tally = torch.zeros(2, len(policy.texts), device=args.device)  # successes and episodes of each instruction
+    asked = all_instructions(args.task, args.instruction)
+    tally = torch.zeros(2, len(asked.names), device=args.device)  # successes and episodes of each instruction
     for b in range(batches):
         obs, noise = env.reset(episode_seed(args.eval_seed, b, ranks)), Noise(args.device, ranks, args.eval_seed, b)
-        prompt = obs["prompt"]
+        prompt, _ = asked.number(obs["prompt"])
         for t in range(T):
             obs = env.step_chunk(policy.act(obs, noise, explore)["action"], last=t + 1 == T)
         tally.index_add_(1, prompt, torch.stack([env.success, torch.ones_like(env.success)]).float())
-    return success_rates(policy.texts, *ranks.reduce(tally).tolist(), env.task.kept_out)
+    return success_rates(asked.names, *ranks.reduce(tally).tolist(), asked.notes)
 
 
 @torch.no_grad()
@@ -630,7 +643,7 @@ def record(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks
 # ======== main ========================================================================================================
 def main(args: Args) -> None:
     args.device = pick_device(args.device)
-    ranks, task = Ranks.start(args.device), TASKS[args.task]
+    ranks, task = Ranks.start(args.device), TASKS[rank_task(args.task)]
     policy = Gr00tActor(args)
     args.feature_cache, args.micro_batch_size, plan = plan_memory(
         policy, args.num_envs // ranks.world, task.horizon // policy.chunk, args.feature_cache, args.micro_batch_size,
@@ -639,12 +652,13 @@ def main(args: Args) -> None:
     policy.micro_batch_size = args.micro_batch_size
     with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device, args.resume) as run:
         run.restore(policy.load)
-        run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs; {plan}")
-        run.event(f"instructions: {'; '.join(policy.texts)}")
+        run.event(f"{run.dir}: {' and '.join(task_names(args.task))} on {args.device}, {args.num_envs} envs; {plan}")
+        run.event(f"instructions: {'; '.join(all_instructions(args.task, args.instruction).names)}")
         run.event(f"starting the simulator (its own output: {run.dir}/simulator.log)")
         with make_env(args, policy.camera_size, run.dir, ranks) as env:
-            if odd := policy.processor.unusual(env.env.obs_buf["policy"]):
-                run.event(f"warning: states are far from what the checkpoint was trained on: {odd}")
+            odd = ranks.gather(policy.processor.unusual(env.env.obs_buf["policy"]))[: len(task_names(args.task))]  # of each
+            for keys in filter(None, odd):
+                run.event(f"warning: states are far from what the checkpoint was trained on: {keys}")
             if args.evaluate:
                 run.result(ode_success=evaluate(args, env, policy, ranks))
             else:

@@ -50,19 +50,23 @@ from common import (
     run_name,
     success_rates,
 )
-from gr00t_n1d5.embodiment import check_checkpoint, check_network, refuse_checkpoint
+from gr00t_n1d5.embodiment import check_checkpoint, check_network, free_rows, refuse_checkpoint
 from gr00t_n1d5.files import is_full_size
 from tasks.gr00t import (
     TASKS,
     Prompts,
+    all_instructions,
     asking,
     find_task,
+    find_tasks,
     make_task,
     own_observation,
+    rank_task,
     refresh_observations,
     scene_states,
     start_from,
     task_config,
+    task_names,
 )
 
 PARENT = "grpo_gr00t.py"
@@ -73,7 +77,7 @@ DIFFERS = {"Args", "parse", "check", "make_env", "Gr00tActor", "learning_rate", 
 @dataclass
 class Args:
     # general
-    task: str = "Tabletop-Lift-Cube-v0"  # a row of TASKS in tasks/gr00t.py that has an expert
+    task: str | tuple[str, ...] = "Tabletop-Lift-Cube-v0"  # a row of TASKS that has an expert; or several, for ranks in turn
     instruction: str | None = None  # overrides the task's own instruction(s)
     checkpoint: str | None = None  # what to start from: a folder or a hub id; left out: a tiny network from scratch
     embodiment_tag: str | None = None  # entry of metadata.json: to write (new_embodiment by default), or to evaluate
@@ -127,14 +131,17 @@ def parse() -> Args:
 
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
-    args.task = find_task(args.task)
+    args.task = find_tasks(args.task, int(os.environ.get("WORLD_SIZE", 1)))
+    if args.expert and not isinstance(args.task, str):
+        raise SystemExit(f"--expert {args.expert}: is one task's; leave it out, or name one --task")
     if args.expert:
         find_teacher(args.expert, args.task)
-    elif not TASKS[args.task].expert and not args.evaluate:
-        able = ", ".join(name for name, task in TASKS.items() if task.expert)
-        raise SystemExit(
-            f"--task {args.task}: has no scripted expert; name a run of ppo_isaac.py with --expert ({able} have one)"
-        )
+    for name in task_names(args.task):
+        if not (TASKS[name].expert or args.expert or args.evaluate):
+            able = ", ".join(name for name, task in TASKS.items() if task.expert)
+            raise SystemExit(
+                f"--task {name}: has no scripted expert; name a run of ppo_isaac.py with --expert ({able} have one)"
+            )
     if args.evaluate and not args.checkpoint:
         raise SystemExit("--evaluate: name what to evaluate with --checkpoint")
     check_positive(
@@ -155,12 +162,23 @@ def check(args: Args) -> Args:
         raise SystemExit(
             f"--precision {args.precision}: the backbone is trained, in fp32; give --precision fp32, or --tune head"
         )
-    if args.evaluate:
-        check_checkpoint(args.checkpoint, args.embodiment_tag, None, args.task, TASKS)
-    elif args.checkpoint:
-        check_network(args.checkpoint, TASKS[args.task].sizes)
-    args.exp_name = run_name(args.exp_name, "eval" if args.evaluate else Path(__file__).stem, args.task, args.seed)
+    kinds = len(set(embodiments(args.task).values()))
+    if kinds > 1 and args.embodiment_tag and not args.evaluate:
+        raise SystemExit(f"--embodiment-tag {args.embodiment_tag}: the tasks are of {kinds} embodiments; leave it out")
+    for name in task_names(args.task):
+        if args.evaluate:
+            check_checkpoint(args.checkpoint, args.embodiment_tag, None, name, TASKS)
+        elif args.checkpoint and check_network(args.checkpoint, TASKS[name].sizes).num_embodiments < kinds:
+            raise SystemExit(f"--checkpoint {args.checkpoint}: has fewer embodiments than the tasks, {kinds}; leave it out")
+    stem = "eval" if args.evaluate else Path(__file__).stem
+    args.exp_name = run_name(args.exp_name, stem, "+".join(task_names(args.task)), args.seed)
     return args
+
+
+def embodiments(tasks: str | tuple[str, ...]) -> dict[str, str]:
+    """The tasks of a run, and the first one of each that has the same cameras and columns: they share an embodiment."""
+    kinds = {name: str(TASKS[name].modalities) for name in task_names(tasks)}
+    return {name: next(other for other in kinds if kinds[other] == kind) for name, kind in kinds.items()}
 
 
 def find_teacher(run: str, task: str) -> tuple[Path, dict]:
@@ -211,9 +229,10 @@ class ChunkEnv:
     """
 
     def __init__(self, args: Args, cfg):
-        self.task = TASKS[args.task]
-        self.env, self.terminations = make_task(args.task, cfg)
+        self.task = TASKS[rank_task(args.task)]
+        self.env, self.terminations = make_task(rank_task(args.task), cfg)
         self.prompts = Prompts(self.env, self.task, args.instruction)
+        self.asked = all_instructions(args.task, args.instruction)
         self.num_envs, self.device = self.env.num_envs, self.env.device
 
     def reset(self, seed: int, group_size: int = 1, bank: StartBank | None = None) -> TensorDict:
@@ -245,8 +264,8 @@ class ChunkEnv:
         return self.success | self.failure
 
     def states(self) -> TensorDict:
-        """(N,) where everything is and what is asked for, to start from."""
-        return scene_states(self.env, self.task).set("prompt", self.prompts.index())
+        """(N,) where everything is and what is asked for, to start from; `prompt` numbers the instructions of all ranks."""
+        return scene_states(self.env, self.task).set("prompt", self.asked.number(self.prompts.index())[0])
 
     def observe(self) -> TensorDict:
         """images (N, V, H, W, 3) uint8, state (N, d) in the simulator's units, prompt (N,) index of the instruction."""
@@ -258,10 +277,10 @@ class ChunkEnv:
 def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
     """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
     own_groups = tuple(find_teacher(args.expert, args.task)[1]["obs_groups"]) if args.expert else ()
-    num_envs = args.num_envs // ranks.world
-    cfg = task_config(args.task, args.device, num_envs, image_size, args.physics, args.renderer, own_groups=own_groups)
+    task, num_envs = rank_task(args.task), args.num_envs // ranks.world
+    cfg = task_config(task, args.device, num_envs, image_size, args.physics, args.renderer, own_groups=own_groups)
     log = run_dir / f"simulator{ranks.rank or ''}.log"
-    with start_simulator(cfg, args.device, cameras=bool(TASKS[args.task].cameras), log=log) as ready:
+    with start_simulator(cfg, args.device, cameras=bool(TASKS[task].cameras), log=log) as ready:
         env = ChunkEnv(args, cfg)
         env.reset(seed=0)
         ready()
@@ -274,10 +293,10 @@ class Gr00tActor(Gr00tPolicy):
     """GR00T N1.5 to train or to evaluate; acts by the ODE."""
 
     def __init__(self, args: Args):
-        task = TASKS[args.task]
+        task = TASKS[rank_task(args.task)]
         super().__init__(
             args.checkpoint, args.embodiment_tag, None, task, task.texts(args.instruction), args.device,
-            args.precision, None if args.evaluate else initial(args),
+            args.precision, None if args.evaluate else initial(args), [TASKS[name] for name in task_names(args.task)],
         )  # fmt: skip
         self.trains_backbone = args.tune == "all"
         self.net.backbone.requires_grad_(self.trains_backbone)
@@ -308,26 +327,48 @@ class Gr00tActor(Gr00tPolicy):
 
 def initial(args: Args) -> tuple[Gr00tN1d5, Gr00tProcessor]:
     """What training starts from; its statistics are blank until there are demonstrations."""
-    task = TASKS[args.task]
-    blank = (torch.zeros(1, task.sizes[kind]) for kind in ("state", "action"))
+    tasks = [TASKS[name] for name in task_names(args.task)]
     if not args.checkpoint:
         torch.manual_seed(args.seed)
-        words = sorted({word for text in task.texts(args.instruction) for word in text.split()})
-        sizes = {"action_dim": max(4, task.sizes["action"]), "state_dim": max(8, task.sizes["state"])}
+        words = sorted({word for task in tasks for text in task.texts(args.instruction) for word in text.split()})
+        sizes = {f"{kind}_dim": max(least, *(x.sizes[kind] for x in tasks)) for kind, least in (("action", 4), ("state", 8))}
         sizes |= {"vocab_size": max(32, len(words) + 16), "max_text_tokens": max(16, len(words) + 8)}
+        sizes |= {"num_embodiments": len(set(embodiments(args.task).values()))}
         net = Gr00tN1d5(Gr00tConfig.tiny(**sizes, action_horizon=args.action_horizon)).eval()
-        return net, make_processor(args, net.config, tiny_tokenizer(words, net.config), *blank)
+        return net, blank_processor(args, net.config, tiny_tokenizer(words, net.config))
     with refuse_checkpoint(args.checkpoint):
-        processor = make_processor(args, check_network(args.checkpoint), load_tokenizer(args.checkpoint), *blank)
+        processor = blank_processor(args, check_network(args.checkpoint), load_tokenizer(args.checkpoint))
         return Gr00tN1d5.from_pretrained(args.checkpoint, torch.float32 if args.precision == "fp32" else None), processor
 
 
-def make_processor(args: Args, config: Gr00tConfig, tokenizer, state: Tensor, action: Tensor, size: int = 1) -> Gr00tProcessor:
-    """A processor with the statistics of states (S, d) and actions (S, d), for cameras of `size` pixels."""
-    task = TASKS[args.task]
+def blank_processor(args: Args, config: Gr00tConfig, tokenizer) -> Gr00tProcessor:
+    """A processor for this rank's task that knows the embodiments of all of a run's, without statistics."""
+    found = {}
+    for name in task_names(args.task):
+        blank = (torch.zeros(1, TASKS[name].sizes[kind]) for kind in ("state", "action"))
+        found[name] = make_processor(args, config, tokenizer, *blank, task=name)
+    processor = found[rank_task(args.task)]
+    for other in found.values():
+        processor.embodiment.metadata.update(other.embodiment.to_dict())
+    return processor
+
+
+def make_processor(
+    args: Args, config: Gr00tConfig, tokenizer, state: Tensor, action: Tensor, size: int = 1, task: str | None = None
+) -> Gr00tProcessor:
+    """A processor with the statistics of states (S, d) and actions (S, d), for cameras of `size` pixels.
+
+    Several embodiments have entries called after their tasks, and layers that no known tag has.
+    """
+    task = task or rank_task(args.task)
+    kinds = embodiments(args.task)
+    tags, tag, row = list(dict.fromkeys(kinds.values())), args.embodiment_tag or "new_embodiment", None
+    if len(tags) > 1:
+        tag, row = kinds[task], free_rows(config)[tags.index(kinds[task])]
+    task = TASKS[task]
     data = [dict(zip(keys, x.split(list(keys.values()), 1))) for keys, x in ((task.state, state), (task.action, action))]
     video = {name: {"resolution": [size, size], "channels": 3, "fps": 25} for name in task.cameras}
-    return Gr00tProcessor.from_statistics(config, args.embodiment_tag or "new_embodiment", *data, video, tokenizer)
+    return Gr00tProcessor.from_statistics(config, tag, *data, video, tokenizer, embodiment_id=row)
 
 
 def shard(policy: Gr00tActor, ranks: Ranks) -> None:
@@ -467,12 +508,16 @@ def learning_rate(args: Args, step: int) -> float:
 def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks) -> None:
     """Collects, trains, evaluates and saves."""
     demos, unseen = collect(args, env, policy.chunk, run, ranks)
-    every = ranks.gather((demos["state"], demos["action"].flatten(0, 1)))
-    state, action = (torch.cat(x) for x in zip(*every))  # the statistics are those of all ranks
+    tag = policy.processor.embodiment.tag
+    every = ranks.gather((tag, demos["state"], demos["action"].flatten(0, 1)))
+    samples = sum(len(state) for _, state, _ in every)
+    state, action = (torch.cat(x) for x in zip(*(x for of, *x in every if of == tag)))  # of all ranks with this embodiment
     if not len(demos):
         raise SystemExit(f"--demos {args.demos}: no demonstration of this process succeeded; give more, or a better --expert")
     tokenizer, size = policy.processor.tokenizer, demos["images"].shape[2]
-    policy.processor = make_processor(args, policy.net.config, tokenizer, state, action, size).to(args.device)
+    policy.processor = make_processor(args, policy.processor.config, tokenizer, state, action, size).to(args.device)
+    for entries in ranks.gather(policy.processor.embodiment.to_dict()):
+        policy.processor.embodiment.metadata.update(entries)
     shared = {} if policy.trains_backbone else {id(policy.net.backbone): policy.net.backbone}  # nothing to average there
     average = copy.deepcopy(policy, shared).requires_grad_(False)
     if args.fsdp:
@@ -491,7 +536,7 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
     if all(ranks.gather(len(unseen))):
         n = 4 * args.batch_size // ranks.world
         fixed = draw(args, policy, len(unseen), n, torch.Generator().manual_seed(args.seed)).select("row", "noise", "t")
-    run.event(f"{len(state)} samples, {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters")
+    run.event(f"{samples} samples, {sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters")
     log, result, began = Metrics(args.device, ranks), {}, time.monotonic()
     for step in range(args.steps):
         for group in optimizer.param_groups:
@@ -521,7 +566,8 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
         if evaluated:
             weights = average.weights()
             run.save("last" if last else f"step_{step + 1:06d}", lambda folder, weights=weights: average.save(folder, weights))
-    run.result(ode_success=result, loss=metrics["update/loss"], samples=len(state), instructions=policy.texts)
+    instructions = all_instructions(args.task, args.instruction).names
+    run.result(ode_success=result, loss=metrics["update/loss"], samples=samples, instructions=instructions)
 
 
 # ======== evaluate ====================================================================================================
@@ -535,14 +581,15 @@ def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explor
     if not args.eval_episodes:
         return {}
     batches, T = math.ceil(args.eval_episodes / args.num_envs), env.task.horizon // policy.chunk
-    tally = torch.zeros(2, len(policy.texts), device=args.device)  # successes and episodes of each instruction
+    asked = all_instructions(args.task, args.instruction)
+    tally = torch.zeros(2, len(asked.names), device=args.device)  # successes and episodes of each instruction
     for b in range(batches):
         obs, noise = env.reset(episode_seed(args.eval_seed, b, ranks)), Noise(args.device, ranks, args.eval_seed, b)
-        prompt = obs["prompt"]
+        prompt, _ = asked.number(obs["prompt"])
         for t in range(T):
             obs = env.step_chunk(policy.act(obs, noise, explore)["action"], last=t + 1 == T)
         tally.index_add_(1, prompt, torch.stack([env.success, torch.ones_like(env.success)]).float())
-    return success_rates(policy.texts, *ranks.reduce(tally).tolist(), env.task.kept_out)
+    return success_rates(asked.names, *ranks.reduce(tally).tolist(), asked.notes)
 
 
 # ======== main ========================================================================================================
@@ -557,8 +604,8 @@ def main(args: Args) -> None:
             args.activation_checkpointing, False, average,
         )  # fmt: skip
     with Run(vars(args), __file__, ranks, args.exp_name, args.steps, args.device) as run:
-        run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs; {plan}")
-        run.event(f"instructions: {'; '.join(policy.texts)}")
+        run.event(f"{run.dir}: {' and '.join(task_names(args.task))} on {args.device}, {args.num_envs} envs; {plan}")
+        run.event(f"instructions: {'; '.join(all_instructions(args.task, args.instruction).names)}")
         run.event(f"starting the simulator (its own output: {run.dir}/simulator.log)")
         with make_env(args, policy.camera_size, run.dir, ranks) as env:
             if args.evaluate:

@@ -345,6 +345,12 @@ class Embodiment:
         return {**self.metadata, self.tag: {**self.entry, "data_config": self.data.to_dict()}}
 
 
+def free_rows(config: Gr00tConfig) -> list[int]:
+    """Rows of the category-specific layers for new tags: new_embodiment's, those that no tag has, then the others."""
+    taken = set(EMBODIMENT_IDS.values()) - {EMBODIMENT_IDS["new_embodiment"]}
+    return sorted(range(config.num_embodiments), key=lambda row: (row in taken, -row))
+
+
 @contextlib.contextmanager
 def refuse_checkpoint(checkpoint: str | None) -> Iterator[None]:
     """Around what reads a checkpoint: SystemExit, in one line, where that fails."""
@@ -359,24 +365,42 @@ def _length(value: Any) -> int:
     return len(value) if isinstance(value, list | tuple) else 1
 
 
-def read_embodiment(folder: Path, tag: str | None = None, data_config: str | None = None, row: Any = None) -> Embodiment:
-    """The entry of a folder's metadata.json, and its data config.
+def read_embodiment(
+    folder: Path, tag: str | None = None, data_config: str | None = None, row: Any = None, task: str = "the task"
+) -> Embodiment:
+    """The entry of a folder's metadata.json, and its data config: `choose_embodiment`."""
+    file = folder / "experiment_cfg" / "metadata.json"
+    return choose_embodiment(read_json(file), tag, data_config, row, str(file), task)
+
+
+def choose_embodiment(
+    metadata: dict, tag: str | None, data_config: str | None, row: Any, file: str = "metadata.json", task: str = "the task"
+) -> Embodiment:
+    """The entry of a metadata.json, and its data config.
 
     Args:
-        tag: of the entry; None: the row's, or the only one.
+        tag: of the entry; None: the row's, the only one, or the only one that fits the row.
         data_config: a row of DATA_CONFIGS or a JSON file; None: what the entry says (checkpoints written here do), what
             the tag is known for, what the row says, or the one data config that has exactly the entry's keys.
-        row: what has `embodiment_tag` and `data_config`, as the rows of TASKS do.
+        row: what has `embodiment_tag`, `data_config` and `modalities`, as the rows of TASKS do.
+        file, task: their names, for messages.
 
     Raises FileNotFoundError, ValueError, and SystemExit where it cannot be told or is named wrongly.
     """
-    metadata = read_json(folder / "experiment_cfg" / "metadata.json")
-    tag = tag or (row.embodiment_tag if row and row.embodiment_tag in metadata else None)
+    tag, which = tag or (row.embodiment_tag if row and row.embodiment_tag in metadata else None), ""
     if tag is None and len(metadata) == 1:
         tag = next(iter(metadata))
+    elif tag is None and row:
+        fitting = []
+        for name in metadata:
+            with contextlib.suppress(ValueError, SystemExit):  # no entry of a robot, or no telling how it is read
+                if not choose_embodiment(metadata, name, data_config, row).misfit(row.modalities):
+                    fitting.append(name)
+        tag = fitting[0] if len(fitting) == 1 else None
+        which = f"; {' and '.join(sorted(fitting))} fit {task}" if fitting else f"; none fits {task}: sft_gr00t.py makes one"
     if tag not in metadata or not isinstance(metadata[tag], dict):
         given = f"--embodiment-tag {tag}: is not in" if tag else "--embodiment-tag: needed for"
-        raise SystemExit(f"{given} {folder}/experiment_cfg/metadata.json, which has {', '.join(sorted(metadata)) or 'none'}")
+        raise SystemExit(f"{given} {file}, which has {', '.join(sorted(metadata)) or 'none'}{which}")
     entry = metadata[tag]
     if data_config:
         return Embodiment(metadata, tag, find_data_config(data_config))
@@ -426,7 +450,7 @@ def check_checkpoint(
     """Refuses, in one line and from JSON files alone, a checkpoint that cannot be used, or not for a row of TASKS."""
     config, row = check_network(checkpoint), tasks[task] if tasks else None
     with refuse_checkpoint(checkpoint):
-        embodiment = read_embodiment(resolve_folder(checkpoint, weights=False), tag, data_config, row)
+        embodiment = read_embodiment(resolve_folder(checkpoint, weights=False), tag, data_config, row, task or "the task")
         embodiment.adapt(config)
     if row is None:
         return

@@ -326,10 +326,11 @@ class CategorySpecificLinear(nn.Module):
         super().__init__()
         self.W = nn.Parameter(0.02 * torch.randn(categories, in_dim, out_dim))
         self.b = nn.Parameter(torch.zeros(categories, out_dim))
+        self.row = 0 if categories == 1 else None  # that of all samples: `Gr00tN1d5.slice_embodiment`
 
     def forward(self, x: Tensor, category: Tensor) -> Tensor:
-        if len(self.W) == 1:  # one row: no copy of the weights per sample, and nothing to look up
-            return x @ self.W[0] + self.b[0]
+        if self.row is not None:  # no copy of the weights per sample, and nothing to look up
+            return x @ self.W[self.row] + self.b[self.row]
         return torch.baddbmm(self.b[category][:, None], x, self.W[category])
 
 
@@ -464,7 +465,7 @@ class Gr00tN1d5(nn.Module):
         self.backbone = Backbone(config)
         self.action_head = ActionHead(config)
         self._tables: dict[str, Tensor] = {}  # after slice_embodiment: all rows, on the host
-        self._row = 0
+        self._rows: list[int] = []
 
     @torch.no_grad()
     def get_action(
@@ -482,28 +483,33 @@ class Gr00tN1d5(nn.Module):
             noise = torch.randn(len(state), self.config.action_horizon, self.config.action_dim, device=state.device)
         return self.action_head.sample(context, embodiment_id, noise, steps)
 
-    def slice_embodiment(self, embodiment_id: int) -> Self:
-        """Keeps one embodiment's row of the category-specific layers; id 0 then names it. Returns the model itself.
+    def slice_embodiment(self, embodiment_id: int, others: Sequence[int] = ()) -> Self:
+        """Keeps one embodiment's row of the category-specific layers, whatever id samples have. Returns the model itself.
 
         At full size this leaves 763M of the head's 1069M parameters, and as much less optimizer state. All rows stay on
         the host, and `save_pretrained` writes them back with the trained row in its place. Call it before the optimizer
         is made: the parameters are new objects. Raises ValueError for an unknown row or a second call. A checkpoint with
         one row is left as it is.
+
+        Args:
+            others: ids that other processes use, whose rows are kept, too: parameters are the same everywhere.
         """
         if self._tables:
-            raise ValueError(f"the model is already sliced to embodiment {self._row}")
+            raise ValueError(f"the model is already sliced to embodiment {', '.join(map(str, self._rows))}")
         if self.config.num_embodiments == 1:
             return self
-        if not 0 <= embodiment_id < self.config.num_embodiments:
-            raise ValueError(f"embodiment id {embodiment_id} is not among {self.config.num_embodiments} rows")
+        rows = sorted({embodiment_id, *others})
+        if not 0 <= rows[0] <= rows[-1] < self.config.num_embodiments:
+            outside = next(i for i in rows if not 0 <= i < self.config.num_embodiments)
+            raise ValueError(f"embodiment id {outside} is not among {self.config.num_embodiments} rows")
         for prefix, module in self.named_modules():
             if isinstance(module, CategorySpecificLinear):
                 for name, table in list(module.named_parameters()):
                     self._tables[f"{prefix}.{name}"] = table.detach().to("cpu", copy=True)
-                    row = table.detach()[embodiment_id : embodiment_id + 1].clone()
-                    setattr(module, name, nn.Parameter(row, requires_grad=table.requires_grad))
-        self._row = embodiment_id
-        self.config = self.action_head.config = replace(self.config, num_embodiments=1)
+                    setattr(module, name, nn.Parameter(table.detach()[rows], requires_grad=table.requires_grad))
+                module.row = rows.index(embodiment_id)
+        self._rows = rows
+        self.config = self.action_head.config = replace(self.config, num_embodiments=len(rows))
         return self
 
     @classmethod
@@ -562,7 +568,7 @@ class Gr00tN1d5(nn.Module):
     def to_gr00t(self, live: nn.Module) -> None:
         """Writes the weights into such a live model, which keeps its types and devices; the inverse of `from_gr00t`.
 
-        After `slice_embodiment` all rows are written, the trained one in its place. Adapters have to be merged before.
+        After `slice_embodiment` all rows are written, the trained ones in their places. Adapters have to be merged before.
         Raises ValueError as `from_gr00t` does; then nothing has been written.
         """
         tensors, parameters = live.state_dict(), dict(self.named_parameters())
@@ -630,9 +636,9 @@ class Gr00tN1d5(nn.Module):
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _full(self, name: str, parameter: Tensor) -> Tensor:
-        """The tensor to save: after slice_embodiment all rows, with the trained row in its place."""
+        """The tensor to save: after slice_embodiment all rows, with the trained ones in their places."""
         if name not in self._tables:
             return parameter
         table = self._tables[name].to(parameter.dtype, copy=True)
-        table[self._row] = parameter[0].to(table.device)
+        table[self._rows] = parameter.to(table.device)
         return table

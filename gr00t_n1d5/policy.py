@@ -1,6 +1,7 @@
 """What the scripts build their actors on: a checkpoint, its prompts and a device, and what training takes of memory."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from gr00t_n1d5.config import Gr00tConfig
-from gr00t_n1d5.embodiment import refuse_checkpoint
+from gr00t_n1d5.embodiment import choose_embodiment, refuse_checkpoint
 from gr00t_n1d5.network import ActionContext, ActionHead, Gr00tN1d5, recompute
 from gr00t_n1d5.processor import Augmentation, Gr00tProcessor, pad_prompts
 
@@ -34,6 +35,7 @@ class Gr00tPolicy(nn.Module):
         device: str,
         precision: str = "fp32",
         parts: tuple[Gr00tN1d5, Gr00tProcessor] | None = None,
+        rows: Sequence[Any] = (),
     ):
         """
         Args:
@@ -45,6 +47,7 @@ class Gr00tPolicy(nn.Module):
             precision: fp32; bf16: the frozen backbone in bfloat16, fp32 products on a GPU in TF32; fp8: bf16, and the
                 backbone's linear layers in float8.
             parts: a network and a processor in place of the checkpoint's.
+            rows: of TASKS, which other processes have; their embodiments' layers are kept beside this one's.
 
         Raises SystemExit, in one line, where the checkpoint cannot be read or does not fit the task.
         """
@@ -61,7 +64,10 @@ class Gr00tPolicy(nn.Module):
             raise SystemExit(f"--instruction: {error}") from error
         with refuse_checkpoint(checkpoint):
             net = net or Gr00tN1d5.from_pretrained(checkpoint, config=self.processor.config)
-            self.net = net.slice_embodiment(self.processor.embodiment_id)
+            metadata, config = self.processor.embodiment.metadata, self.processor.config
+            others = [choose_embodiment(metadata, embodiment_tag, data_config, x).id(config) for x in rows if x is not row]
+            self.embodiments = self.processor.embodiment_id, others
+            self.net = net.slice_embodiment(*self.embodiments)
         self.texts, self.views, self.bf16 = texts, views, precision != "fp32"
         self.valid = self.processor.valid_action_dims
         self.padded = row.pad_prompt is not None  # the head sees the padding, as RLinf's does
@@ -114,7 +120,7 @@ class Gr00tPolicy(nn.Module):
         return [p for p in self.net.parameters() if p.requires_grad]
 
     def embodiment(self, n: int) -> Tensor:
-        """(n,) rows of the embodiment's own layers: one is left."""
+        """(n,) rows of the embodiment's own layers, which know theirs: `Gr00tN1d5.slice_embodiment`."""
         return torch.zeros(n, dtype=torch.long, device=self.device)
 
     def features(self, obs: TensorDict, augmentation: Augmentation | None = None) -> Tensor:
@@ -168,7 +174,7 @@ class Gr00tPolicy(nn.Module):
 
     def load(self, folder: Path) -> None:
         """Takes over the action head of what `save` wrote."""
-        net = Gr00tN1d5.from_pretrained(folder).slice_embodiment(self.processor.embodiment_id)
+        net = Gr00tN1d5.from_pretrained(folder).slice_embodiment(*self.embodiments)
         self.net.action_head.load_state_dict(net.action_head.state_dict())
 
 

@@ -201,12 +201,14 @@ class Gr00tProcessor:
         video: Mapping[str, Mapping],
         tokenizer: Tokenizer,
         encodings: Mapping[str, str] | None = None,
+        embodiment_id: int | None = None,
     ) -> "Gr00tProcessor":
         """Statistics of data {key: (N, d)}, all keys in this order.
 
         Args:
             video: {key: {"resolution": [W, H], "channels", "fps"}}, which goes along.
             encodings: by "state.key" or "action.key"; others are min_max.
+            embodiment_id: row of the category-specific layers; None: that of the tag.
         """
         statistics: dict = {"state": {}, "action": {}}
         modalities: dict = {"video": {key: dict(value) for key, value in video.items()}, "state": {}, "action": {}}
@@ -222,7 +224,8 @@ class Gr00tProcessor:
             raise ValueError(f"encodings of unknown keys: {', '.join(sorted(unknown))}")
         metadata = {tag: {"statistics": statistics, "modalities": modalities, "embodiment_tag": tag}}
         chosen = {m: {key: (encodings or {}).get(f"{m}.{key}", "min_max") for key in statistics[m]} for m in KINDS}
-        data_config = DataConfig(tuple(video), **chosen, action_indices=tuple(range(config.action_horizon)))
+        steps = tuple(range(config.action_horizon))
+        data_config = DataConfig(tuple(video), **chosen, action_indices=steps, embodiment_id=embodiment_id)
         return cls(config, tokenizer, Embodiment(metadata, tag, data_config))
 
     def connect(self, modalities: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks import current_name
 
@@ -405,6 +405,51 @@ def find_task(name: str, runs: bool = True, say: bool = True) -> str:
     return row
 
 
+def find_tasks(names: str | tuple[str, ...], ranks: int) -> str | tuple[str, ...]:
+    """`find_task` of one name, or of each of several, which so many ranks take in turn."""
+    if isinstance(names, str):
+        return find_task(names)
+    if not names:
+        raise SystemExit("--task: name one, or several for the ranks of torchrun")
+    if ranks % len(names):
+        way = f"start torchrun --nproc-per-node {len(names)} or a multiple, not {ranks}"
+        raise SystemExit(f"--task {' '.join(names)}: ranks take tasks in turn; {way}")
+    return tuple(find_task(name) for name in names)
+
+
+def task_names(tasks: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The tasks of a run, each once."""
+    return (tasks,) if isinstance(tasks, str) else tuple(dict.fromkeys(tasks))
+
+
+def rank_task(tasks: str | tuple[str, ...]) -> str:
+    """This process's task, by the rank that torchrun gave it."""
+    return tasks if isinstance(tasks, str) else tasks[int(os.environ.get("RANK", 0)) % len(tasks)]
+
+
+class Instructions(NamedTuple):
+    """All that a run's tasks ask for, numbered alike on every rank."""
+
+    names: tuple[str, ...]  # with several tasks, each names its own
+    notes: dict[str, str]  # on those that RL does not train: `Task.kept_out`
+    first: int  # number of the first one of this rank's task
+
+    def number(self, prompt: Tensor) -> tuple[Tensor, int]:
+        """Numbers of a rank's prompts (indices into `Task.texts`), and how many there are."""
+        return prompt + self.first, len(self.names)
+
+
+def all_instructions(tasks: str | tuple[str, ...], instruction: str | None) -> Instructions:
+    """Those of a run; `instruction` as in `Task.texts`."""
+    names, notes, first = [], {}, 0
+    for task in task_names(tasks):
+        first = len(names) if task == rank_task(tasks) else first
+        for text in TASKS[task].texts(instruction):
+            names.append(text if isinstance(tasks, str) else f"{text} ({task})")
+            notes |= {names[-1]: TASKS[task].kept_out[text]} if text in TASKS[task].kept_out else {}
+    return Instructions(tuple(names), notes, first)
+
+
 def task_config(
     name: str, device: str, num_envs: int, image_size: int, physics: str | None, renderer: str | None, dense: bool = False,
     own_groups: tuple[str, ...] = (),
@@ -643,16 +688,16 @@ class Prompts:
 def asking(env: Any, without: tuple[str, ...], weights: Tensor | None = None) -> Iterator[None]:
     """While this lasts, starts of a script's `ChunkEnv` draw from the task's instructions without these.
 
-    `weights` (instructions,): how often each is asked for; all equally by default.
+    `weights` (instructions,): how often each of those of all ranks is asked for; all equally by default.
     """
-    several = weights is not None and len(weights) == len(env.task.instructions)
+    several = weights is not None and env.prompts.several
     if not (env.task.draws and (without or several)):
         yield
         return
     params = env.env.event_manager.get_term_cfg(env.task.draws).params
     usual = dict(params)
     params["asked"] = tuple(i for i in usual["asked"] if env.task.instructions[i] not in without)
-    params["weights"] = weights[list(params["asked"])] if several else None
+    params["weights"] = weights[[env.asked.first + i for i in params["asked"]]] if several else None
     try:
         yield
     finally:

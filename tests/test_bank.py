@@ -37,7 +37,7 @@ def entry(bank: StartBank, at: float) -> dict[str, float]:
 
 
 def test_counts_and_chances():
-    """By hand: counts fade by 0.9 each iteration; p of an instruction has the prior (1, 2), that of an entry its instruction's."""
+    """By hand: counts fade by 0.9; p of an instruction has the prior (1, 2), that of an entry its instruction's."""
     bank = StartBank(3, 2, 0.0, "cpu", ALONE)
     assert bank.chances.tolist() == [0.5] * 3
     _, figures = play(bank, fresh([0, 1], at=1.0), [3, 0])
@@ -98,9 +98,7 @@ def test_only_fresh_starts_tell_how_an_instruction_does():
     counts = bank.counts.clone()
     begun, _ = play(bank, fresh([0, 0], at=11.0), [4, 1])
     torch.testing.assert_close(bank.counts, 0.9 * counts + torch.tensor([[1.0], [4.0]]))
-    assert entry(bank, where(begun)[0]) == pytest.approx(
-        {"prompt": 0, "successes": 1.8 + 4, "attempts": 3.6 + 4, "midway": 0}
-    )
+    assert entry(bank, where(begun)[0]) == pytest.approx({"prompt": 0, "successes": 1.8 + 4, "attempts": 3.6 + 4, "midway": 0})
 
 
 def test_states_in_mid_episode_of_mixed_groups_become_entries():

@@ -121,9 +121,6 @@ def test_what_is_kept_out_is_asked_for_in_evaluations_alone(env):
         env.reset(seed=4)
     asked = env.env.target.bincount(minlength=10)
     assert asked[2] + asked[6] == N and 20 < asked[2] < 60  # 40 in the mean, standard deviation 5.5
-    with asking(env, (), torch.ones(1)):  # of a run with an instruction of its own
-        env.reset(seed=4)
-    assert len(set(env.env.instructions)) == 10
 
 
 def test_groups_from_the_bank_are_alike_to_the_bit_from_mid_episode_too(env):
