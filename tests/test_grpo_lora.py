@@ -36,7 +36,7 @@ def test_schedules():
 def test_stages_of_a_run(tiny_checkpoint):
     """`train` without a simulator: who learns in which iteration; all groups carry a gradient."""
     args, policy = make(tiny_checkpoint, iterations=3, eval_episodes=0, unfreeze=UNFREEZE, lr_warmup=0)
-    own, rows, changed, nothing = policy.groups(), [], [], lambda *_, **__: None
+    own, rows, changed, thawed, nothing = policy.groups(), [], [], [], lambda *_, **__: None
     env = Episodes((1, 99) * 4)
     env.terminations = SimpleNamespace(get_term=lambda name: torch.zeros(8))
 
@@ -44,13 +44,14 @@ def test_stages_of_a_run(tiny_checkpoint):
         rows.append(metrics)
         now = {name: torch.cat([p.detach().flatten() for p in group]) for name, group in own.items()}
         changed.append({name for name in own if not torch.equal(before[0][name], now[name])})
+        thawed.append({name for name in own if any(p.requires_grad for p in own[name])})
         before[0] = now
 
     before = [{name: torch.cat([p.detach().flatten() for p in group]) for name, group in own.items()}]
     run = SimpleNamespace(restore_optimizer=nothing, result=nothing, save=nothing, log=log, event=nothing)
     run.state = {"iteration": 0}
     train(args, env, policy, run, ALONE)
-    assert changed == [{name for name, at in BEGIN.items() if at <= i} for i in range(3)]
+    assert changed == thawed == [{name for name, at in BEGIN.items() if at <= i} for i in range(3)]
     assert [row["update/stage"] for row in rows] == [1, 2, 4]
     assert rows[0]["update/first_ratio_error"] == 0 and rows[2]["update/kl_base"] > 0
 
