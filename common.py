@@ -404,6 +404,23 @@ def standardize(x: Tensor, moments: Tensor, eps: float = 0.01, clip: float = 10.
     return ((x - mean.to(x.dtype)) / (std + eps).to(x.dtype)).clamp(-clip, clip)
 
 
+def group_moments(x: Tensor, groups: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and variance of x in each of K groups over all ranks, (K,) each; 0 where a group is empty.
+
+    Sums over masks: `index_add` would add in the order of a GPU's atomics.
+
+    Args:
+        x: (...), this rank's share.
+        groups: (K, ...) bool, what belongs to each.
+    """
+    import torch
+
+    n, total = ranks.reduce(torch.stack([y.flatten(1).sum(1) for y in (groups, x * groups)]))  # (K,)
+    mean = total / n.clamp(min=1)
+    rest = (x - mean.view(-1, *[1] * x.ndim)) * groups  # (K, ...)
+    return n, mean, ranks.reduce(rest.square().flatten(1).sum(1)) / n.clamp(min=1)
+
+
 def normalize_advantages(advantages: Tensor, size: int, ranks: Ranks) -> None:
     """To mean 0 and std 1 over a minibatch of `size` samples on all ranks, in place; 1e-8 is added to the std.
 

@@ -30,7 +30,8 @@ from typing import Any, Literal
 
 import tyro
 
-from common import Metrics, Noise, Ranks, Run, StageTimer, StartBank, gae, merge_moments, standardize, success_rates
+from common import Metrics, Noise, Ranks, Run, StageTimer, StartBank, gae, group_moments, merge_moments
+from common import standardize, success_rates
 from common import check_not_negative, check_positive, pick_device, run_name, saved_args
 from gr00t_n1d5.embodiment import check_checkpoint
 from gr00t_n1d5.files import is_full_size
@@ -438,16 +439,18 @@ def advantages(samples: TensorDict, success: Tensor, args: Args, ranks: Ranks, l
     none, gamma = torch.zeros_like(reward), args.gamma ** (TASKS[rank_task(args.task)].horizon // len(reward))
     # nothing is worth anything after the horizon: it is an end of the task, not a time-out
     advantage, target = gae(reward, value, samples["ended"], none, none, none[0], gamma, args.gae_lambda)
-    n, total = ranks.reduce(torch.stack([keep.sum(), (advantage * keep).sum()]))
-    advantage = (advantage - total / n) * keep
-    std = (ranks.reduce(advantage.square().sum()) / n).sqrt()
-    samples["advantage"], samples["target"] = advantage / (std + 1e-3), target
-    moments = torch.stack([(x * keep).sum() for e in (target, target - value) for x in (e, e.square())])
-    mean, square, error_mean, error_square = ranks.reduce(moments) / n
-    spread, rest = square - mean**2, error_square - error_mean**2
-    log.mean("update/explained_variance", torch.where(spread > 1e-8, 1 - rest / spread, 0.0))
-    asked = all_instructions(args.task, args.instruction).number(samples["prompt"][0])  # (N,), of so many
-    log.mean("rollout/success", success, by=asked)
+    prompt, count = all_instructions(args.task, args.instruction).number(samples["prompt"])  # (T, N), of so many
+    own = keep & (prompt == torch.arange(count, device=prompt.device)[:, None, None])  # (K, T, N), each instruction's
+    n, mean, var = group_moments(advantage, own, ranks)  # (K,)
+    # within each instruction: that one is easier than another is no action's merit
+    samples["advantage"], samples["target"] = (advantage - mean[prompt]) / (var.sqrt()[prompt] + 1e-3) * keep, target
+    groups = torch.cat([keep[None], own])  # (1 + K, T, N)
+    spread, rest = (group_moments(x, groups, ranks)[2] for x in (target, target - value))  # (1 + K,)
+    explained = torch.where(spread > 1e-8, 1 - rest / spread, 0.0)
+    log.mean("update/explained_variance", explained[0])
+    for k in range(count if count > 1 else 0):
+        log.mean(f"update/explained_variance_k{k}", explained[1 + k], where=n[k] > 0)
+    log.mean("rollout/success", success, by=(prompt[0], count))
     log.mean("rollout/reward", reward, where=keep)
     log.mean("rollout/value", value, where=keep)
     log.sum("rollout/samples", keep)

@@ -404,6 +404,30 @@ def test_metrics_over_ranks_of_which_one_lacks_names(tmp_path):
     assert found[0] == pytest.approx({"both": 5.5, "max": -1, "update/a": 2, "update/a_k0": 1, "update/a_k1": 3, "sum": 4})
 
 
+def drawn_groups() -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers (6, 8) and their groups (4, 6, 8): one is empty, one has nothing among the last 4 columns, some are in none."""
+    g = torch.Generator().manual_seed(3)
+    x, of = 5 + torch.randn(6, 8, generator=g), torch.randint(0, 4, (6, 8), generator=g)  # 3: in none
+    of[:, 4:][of[:, 4:] == 1] = 0
+    return x, torch.stack([of == k for k in (0, 1, 9, 2)])
+
+
+def moments_of_a_rank(ranks: Ranks, folder: Path) -> None:
+    x, groups = drawn_groups()
+    own = slice(4 * ranks.rank, 4 * ranks.rank + 4)
+    torch.save(common.group_moments(x[:, own], groups[..., own], ranks), folder / f"{ranks.rank}.pt")
+
+
+def test_moments_of_groups_match_numpy_on_one_rank_and_on_two(tmp_path):
+    x, groups = drawn_groups()
+    on_two_ranks(moments_of_a_rank, tmp_path)
+    for found in (common.group_moments(x, groups, Ranks(0, 1)), *(torch.load(tmp_path / f"{r}.pt") for r in range(2))):
+        for k, group in enumerate(groups):
+            own = x[group].double().numpy()
+            expected = [len(own), own.mean(), own.var()] if len(own) else [0, 0, 0]
+            assert [float(y[k]) for y in found] == pytest.approx(expected, rel=1e-5), k
+
+
 # ---------------------------------------------------------------- names and arguments of runs
 
 

@@ -209,7 +209,7 @@ def by_hand(rewards, values, ends, discount: float, lam: float) -> np.ndarray:
 
 
 def test_a_minibatch_has_the_gradient_of_the_definition(tiny_checkpoint):
-    """Two environments: one succeeds in its second chunk, the other never: 2 + 4 samples.
+    """Two environments: one never succeeds, the other in its second chunk: 4 + 2 samples.
 
     The reference evaluates the networks in float64; their float32 inputs (chain, features, state) are taken as given.
     """
@@ -219,21 +219,21 @@ def test_a_minibatch_has_the_gradient_of_the_definition(tiny_checkpoint):
     g = torch.Generator().manual_seed(2)
     policy.critic.moments.copy_(torch.rand(policy.critic.moments.shape, generator=g) + torch.tensor([[50.0], [0], [20]]))
     old, base = Reference(args, policy), copy.deepcopy(policy.base_head).double()
-    samples, keep = collect(args, policy, (1, 99))
+    samples, keep = collect(args, policy, (99, 1))
     perturb(policy, 0.004)
     perturb_critic(policy, 0.02, seed=11)
     new = Reference(args, policy)
     found, _ = updated(args, policy, samples, keep)
 
-    rows = [(t, n) for n, length in ((0, 2), (1, 4)) for t in range(length)]
+    rows = [(t, n) for n, length in ((0, 4), (1, 2)) for t in range(length)]
     assert keep.nonzero().tolist() == sorted(map(list, rows))
     row = {at: samples[at[0], at[1]][None] for at in rows}
     with torch.no_grad():
-        values = [[old.value(row[t, n]).item() for t in range(length)] for n, length in ((0, 2), (1, 4))]
-    rewards = [[0.0, 0.97**3], [0.0] * 4]  # in the fourth step of its chunk
-    advantage = np.concatenate([by_hand(r, v, [False] * len(v), 0.97**CHUNK, 0.8) for r, v in zip(rewards, values)])
-    target = advantage + np.concatenate(values)
-    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-3)
+        values = [[old.value(row[t, n]).item() for t in range(length)] for n, length in ((0, 4), (1, 2))]
+    rewards = [[0.0] * 4, [0.0, 0.97**3]]  # in the fourth step of its chunk
+    advantage = [by_hand(r, v, [False] * len(v), 0.97**CHUNK, 0.8) for r, v in zip(rewards, values)]
+    target = np.concatenate(advantage) + np.concatenate(values)
+    advantage = np.concatenate([(a - a.mean()) / (a.std() + 1e-3) for a in advantage])  # each has its own instruction
 
     loss, value_error, clipped = 0.0, 0.0, []
     for at, a, y in zip(rows, advantage, target):
@@ -316,14 +316,24 @@ def test_advantages_and_returns_of_a_rollout(tiny_checkpoint, reward):
     expected = np.stack([by_hand(rewards[:, i], values[:, i], ends[:, i], 0.98**CHUNK, 0.9) for i in range(4)], 1)
     kept = keep.numpy()
     assert np.allclose(samples["target"].numpy()[kept], (expected + values)[kept], atol=1e-5)
-    own = expected[kept]
-    assert np.allclose(samples["advantage"].numpy()[kept], (own - own.mean()) / (own.std() + 1e-3), atol=1e-4)
+    for k in range(2):  # the instructions
+        own = kept & (np.arange(4) % 2 == k)
+        error, target = expected[own], (expected + values)[own]
+        assert np.allclose(samples["advantage"].numpy()[own], (error - error.mean()) / (error.std() + 1e-3), atol=1e-4)
+        assert math.isclose(figures[f"update/explained_variance_k{k}"], 1 - error.var() / target.var(), rel_tol=1e-3)
     assert figures["rollout/samples"] == kept.sum() and figures["rollout/success"] == 3 / 4
     assert math.isclose(figures["rollout/reward"], rewards[kept].mean(), rel_tol=1e-4)
     assert math.isclose(figures["rollout/value"], values[kept].mean(), rel_tol=1e-4)
     assert math.isclose(figures["rollout/log_prob"], samples["log_prob"].mean(), rel_tol=1e-4)
-    target = (expected + values)[kept]
+    own, target = expected[kept], (expected + values)[kept]
     assert math.isclose(figures["update/explained_variance"], 1 - own.var() / target.var(), rel_tol=1e-3)
+    samples["prompt"].fill_(1)  # nobody was asked for the first
+    log = Metrics("cpu", ALONE)
+    advantages(samples, env.success, args, ALONE, log)
+    assert np.allclose(samples["advantage"].numpy()[kept], (own - own.mean()) / (own.std() + 1e-3), atol=1e-4)
+    again = log.read()
+    assert "update/explained_variance_k0" not in again
+    assert math.isclose(again["update/explained_variance_k1"], figures["update/explained_variance"], rel_tol=1e-5)
 
 
 def test_a_success_is_worth_what_is_left_of_it(tiny_checkpoint):
