@@ -387,7 +387,7 @@ def test_the_critic_learns_alone_at_first_and_in_further_epochs(tiny_checkpoint)
         optimizer = optimizer_of(policy, torch.optim.AdamW, 1e-3, 1e-3)
         _, figures = updated(args, policy, samples, keep, ALONE, optimizer, moving, steps)
         changed = {key.split(".")[0] for key, p in policy.named_parameters() if not torch.equal(p, before[key])}
-        assert changed == ({"critic", "net"} if moving else {"critic"}) and figures["update/value_loss"] > 0
+        assert changed == ({"critics", "net"} if moving else {"critics"}) and figures["update/value_loss"] > 0
         assert ("update/loss" in figures) == ("update/grad_norm" in figures) == moving
         assert figures.get("update/first_ratio_error", 0.0) < 1e-5  # of the first minibatch alone
         found[name] = weights(policy.trainable()), weights(policy.critic.parameters())
