@@ -16,7 +16,7 @@ from tests import warm
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--num-envs 32 --device cpu --eval-episodes 32".split()
 GROUPS = ["--group-size", "8"]
-WHOLE = "--exp-name whole --iterations 4 --eval-every 2 --seed 5".split()
+WHOLE = "--exp-name whole --iterations 4 --eval-every 2 --seed 5 --curriculum learnability --midway".split()
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port")
 
 
@@ -59,12 +59,15 @@ def killed(folder: Path, *flags: str, rows: int, before: str, **kwargs) -> None:
 
 
 def assert_same_run(a: Path, b: Path, last: str, files: list[str]) -> None:
-    """Metrics, weights, optimizer and summary are equal to the bit."""
+    """Metrics, weights, optimizer, bank of starts and summary are equal to the bit."""
     assert metrics(a) == metrics(b)
     one, two = (torch.load(made / "checkpoints" / last / "trainer_state.pt", weights_only=True) for made in (a, b))
     assert one["optimizer"]["state"].keys() == two["optimizer"]["state"].keys()
     for key, state in one["optimizer"]["state"].items():
         assert all(torch.equal(x, two["optimizer"]["state"][key][name]) for name, x in state.items())
+    for own, other in zip(one["bank"] or (), two["bank"] or (), strict=True):
+        assert torch.equal(own["counts"], other["counts"]) and own["entries"].keys() == other["entries"].keys()
+        assert all(torch.equal(x, other["entries"][key]) for key, x in own["entries"].items() if key != "scene")
     for file in files:
         own, other = (load_file(made / "checkpoints" / last / file) for made in (a, b))
         assert own.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in own.items()), file
@@ -114,6 +117,8 @@ def test_summary_is_complete_and_consistent(whole):
     assert rows[0]["update/first_ratio_error"] <= 1e-5 and rows[0]["update/kl_base"] == 0
     assert rows[3]["update/kl_base"] == found["kl_to_base"] > 0
     assert {"rollout/success_k0", "rollout/success_k1", "rollout/zero_variance_share_k1"} <= set().union(*rows)
+    assert all(math.isclose(row["curriculum/share_k0"] + row["curriculum/share_k1"], 1, rel_tol=1e-6) for row in rows)
+    assert all(0 < row["curriculum/chance_k1"] < 1 for row in rows) and rows[0]["curriculum/midway"] == 0
     assert rows[3]["eval/ode_success"] == found["ode_success_after"]["mean"]
 
 
@@ -134,12 +139,17 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train(tmp_path):
     """torchrun splits environments and groups; one run folder, written by rank 0."""
-    flags = "--exp-name two --iterations 1 --save-every 1 --eval-every 0".split()
+    flags = "--exp-name two --iterations 2 --save-every 2 --eval-every 0 --curriculum learnability --midway".split()
     run(tmp_path, *flags, *SMALL, *GROUPS, port=29511)
     made = tmp_path / "runs/two"
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"] and (made / "simulator1.log").exists()
     assert summary(made)["world_size"] == 2 and summary(made)["ode_success_before"]["episodes"] == 32
     assert metrics(made)[0]["update/first_ratio_error"] <= 1e-5 and metrics(made)[0]["episodes"] == 32
+    state = torch.load(made / "checkpoints/step_000002/trainer_state.pt", weights_only=True)
+    one, two = state["bank"]  # a rank's own starts, both ranks' counts
+    assert torch.equal(one["counts"], two["counts"]) and one["counts"][1].sum() > 0
+    cubes = [bank["entries"]["scene"]["rigid_object"]["red"]["root_pose"] for bank in (one, two)]
+    assert not torch.equal(*cubes)
 
 
 @pytest.mark.slow

@@ -89,6 +89,8 @@ REFUSALS = {
         ("--exp-name a/b", "a folder under runs/"),
         ("--task Tabletop-Lift-Cup-v0", "nearest: Tabletop-Lift-Cube-v0"),
         ("--learning-rate -0.1", "greater than 0"),
+        ("--bank-share 2", "from 0 to 1"),
+        ("--midway", "add --curriculum learnability"),
         ("--kl-coef -1", "0 or more"),
         ("--seed -1", "0 or more"),
         ("--resume runs/none", "name a folder like runs/<name>"),
