@@ -51,7 +51,7 @@ class Episodes:
     def __init__(self, task: str):
         self.name, self.task, self.ends, self.num_envs = task, TASKS[task], torch.tensor(ENDS[task]), len(ENDS[task])
 
-    def reset(self, seed: int, group_size: int = 1) -> TensorDict:
+    def reset(self, seed: int, *_) -> TensorDict:
         self.chunks = 0
         return self.observe()
 
