@@ -1,7 +1,7 @@
 """GRPO fine-tunes GR00T N1.5 in Isaac Lab through LoRA adapters, and unfreezes the network stage by stage: no critic.
 
     python grpo_gr00t_lora.py                                        # laptop: the shipped tiny GR00T, no GPU needed
-    python grpo_gr00t_lora.py --unfreeze head vl:60:5e-4
+    python grpo_gr00t_lora.py --lora-targets dit-attention --unfreeze head
     python grpo_gr00t_lora.py --evaluate --checkpoint runs/<name>/checkpoints/best
     torchrun --nproc_per_node=8 grpo_gr00t_lora.py --checkpoint <folder>
 
@@ -51,6 +51,7 @@ DIFFERS = {
     "Args", "check", "parse_schedule", "Gr00tActor.__init__", "Gr00tActor.critic_input", "Gr00tActor.save",
     "Gr00tActor.save_adapters", "Gr00tActor.load", "train",
 }  # fmt: skip
+HEAD_TARGETS = ("dit-attention", "dit-feed-forward", "vl-attention")
 
 
 # ======== Args ========================================================================================================
@@ -81,12 +82,12 @@ class Args:
     curriculum: Literal["uniform", "learnability"] = "uniform"  # how starts are drawn; by p(1-p) of what became of them
     bank_share: float = 0.5  # of the groups that begin from earlier starts then; 0: instructions alone are chosen so
     midway: bool = False  # those may be states in mid-episode, at a chunk's boundary
-    lora_targets: tuple[str, ...] = ("dit-attention", "dit-feed-forward", "vl-attention")  # what gets adapters, of TARGETS
+    lora_targets: tuple[str, ...] = (*HEAD_TARGETS, "llm-attention", "vision-attention")  # what gets adapters, of TARGETS
     lora_rank: int = 16  # rank of an adapter, whose output is doubled: alpha is twice the rank
     llm_layers: int = 4  # how many of the language model's top layers llm-attention adapts
     category_layers: Literal["frozen", "lora", "train"] = "frozen"  # the embodiment's own layers, which are no nn.Linear
     adapter: str | None = None  # adapters to begin with: a checkpoint's folder of that name
-    unfreeze: tuple[str, ...] = ()  # stages, each name[:first iteration][:learning rate]
+    unfreeze: tuple[str, ...] = ("head", "vl:20", "llm:40:2e-4", "vision:60:2e-4")  # name[:first iteration][:learning rate]
     chunk: int | None = None  # actions executed per policy call (the model's action horizon by default)
     denoise_steps: int = 4  # K, denoising steps per policy call
     noise_level: float = 0.8  # a, exploration noise of the stochastic step
@@ -111,7 +112,7 @@ class Args:
 # a full-size checkpoint's settings: conservative, from the literature
 FULL = Args(
     num_envs=64, iterations=500, noise_level=0.5, learning_rate=5e-5, clip=0.1, minibatches=4, kl_coef=0.01, precision="bf16",
-    micro_batch_size=128,
+    micro_batch_size=128, lora_targets=HEAD_TARGETS, unfreeze=(),
 )  # fmt: skip
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-3, "bf16": 0.1, "fp8": 0.1}  # on |ratio - 1| before the first update: see `check_ratio`
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo_gr00t_lora import STAGES, TARGETS, Args, Gr00tActor, Stage, check, parse_schedule, train
+from grpo_gr00t_lora import FULL, HEAD_TARGETS, STAGES, TARGETS, Args, Gr00tActor, Stage, check, parse_schedule, train
 from tests.test_grpo_math import ALONE, Episodes, collect, loss_of, perturb
 from tests.test_runs import SMALL, assert_same_run, killed, metrics, run, summary
 
@@ -25,12 +25,13 @@ def make(checkpoint, **overrides) -> tuple[Args, Gr00tActor]:
 
 def test_schedules():
     """No stage is the critic's, and the first one begins at once: nothing else learns."""
-    assert parse_schedule(Args(lora_targets=ALL, learning_rate=1e-3)) == [Stage(name, 0, 1e-3) for name in STAGES]
-    found = parse_schedule(Args(unfreeze=("vl:9:1e-4", "head"), learning_rate=1e-3))
+    assert parse_schedule(Args(unfreeze=(), learning_rate=1e-3)) == [Stage(name, 0, 1e-3) for name in STAGES]
+    assert [stage.name for stage in parse_schedule(Args())] == list(STAGES) and len(parse_schedule(FULL)) == 2
+    found = parse_schedule(Args(lora_targets=HEAD_TARGETS, unfreeze=("vl:9:1e-4", "head"), learning_rate=1e-3))
     assert found == [Stage("head", 0, 1e-3), Stage("vl", 9, 1e-4)]
-    for flags, remedy in ((("critic", "head", "vl"), "has the stages head, vl"), (("head:3", "vl:5"), "begin a stage at 0")):
+    for flags, remedy in ((("critic", "head"), "has the stages head, vl"), (("head:3", "vl:5"), "begin a stage at 0")):
         with pytest.raises(SystemExit, match="^--unfreeze.*" + remedy):
-            check(Args(device="cpu", unfreeze=flags))
+            check(Args(device="cpu", lora_targets=HEAD_TARGETS, unfreeze=flags))
 
 
 def test_stages_of_a_run(tiny_checkpoint):

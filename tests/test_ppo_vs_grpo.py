@@ -39,7 +39,12 @@ def test_the_scripts_take_the_command_lines(method):
     default = dataclasses.asdict(module.Args())
     changed = {name for name in own if found[name] != default[name]}
     unfreeze = {"lora_targets", "unfreeze"}
-    expected = {"ppo-privileged": {"critic_obs"}, "ppo-unfreeze": unfreeze, "grpo-unfreeze": unfreeze}
+    expected = {
+        "ppo-privileged": {"critic_obs"},
+        "ppo-unfreeze": unfreeze,
+        "grpo-lora": unfreeze,
+        "grpo-unfreeze": {"unfreeze"},
+    }
     assert changed == expected.get(method, set())
 
 

@@ -98,7 +98,8 @@ REFUSALS = {
     ],
     "grpo_gr00t_lora.py": [
         ("--num-envs 24", "multiple of --group-size 16"),
-        ("--unfreeze head:3 vl:5", "begin a stage at 0"),
+        ("--unfreeze head:3 vl:5 llm:5 vision:5", "begin a stage at 0"),
+        ("--unfreeze critic head", "has the stages head, vl, llm, vision"),
     ],
     "ppo_gr00t_frozen.py": [
         ("--critic-obs privileged --task Isaac-Humanoid", "use features"),
