@@ -60,7 +60,7 @@ def test_an_evaluation_tells_each_instruction_and_counts_what_is_trained(env):
 
     acts = SimpleNamespace(chunk=1, texts=env.task.instructions)
     acts.act = lambda obs, noise, explore: {"action": tabletop.suite_expert(env.env)[:, None]}
-    args = grpo_gr00t.Args(num_envs=N, eval_episodes=2 * N, device="cpu")
+    args = grpo_gr00t.Args(SUITE, num_envs=N, eval_episodes=2 * N, device="cpu")
     found = grpo_gr00t.evaluate(args, env, acts, Ranks(0, 1))
     each = found["instructions"]
     notes = {name: rate["note"] for name, rate in each.items() if "note" in rate}
