@@ -80,7 +80,7 @@ class Args:
     # algorithm
     group_size: int = 16  # episodes that start from one identical state and instruction
     curriculum: Literal["uniform", "learnability"] = "uniform"  # how starts are drawn; by p(1-p) of what became of them
-    bank_share: float = 0.5  # of the groups that begin from earlier starts then; 0: instructions alone are chosen so
+    bank_share: float = 0.0  # of the groups that begin from earlier starts then; 0: instructions alone are chosen so
     midway: bool = False  # those may be states in mid-episode, at a chunk's boundary
     chunk: int | None = None  # actions executed per policy call (the model's action horizon by default)
     denoise_steps: int = 4  # K, denoising steps per policy call
@@ -133,8 +133,8 @@ def check(args: Args) -> Args:
     )  # fmt: skip
     if args.bank_share > 1:
         raise SystemExit(f"--bank-share {args.bank_share}: must be from 0 to 1")
-    if args.midway and args.curriculum == "uniform":
-        raise SystemExit("--midway: states in mid-episode come from the bank; add --curriculum learnability")
+    if args.midway and (args.curriculum == "uniform" or not args.bank_share):
+        raise SystemExit("--midway: states in mid-episode come from the bank; add --curriculum learnability --bank-share 0.5")
     if args.group_size < 2:
         raise SystemExit(f"--group-size {args.group_size}: a group needs at least 2 members to compare")
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -80,7 +80,7 @@ class Args:
     # algorithm
     group_size: int = 16  # episodes that start from one identical state and instruction
     curriculum: Literal["uniform", "learnability"] = "uniform"  # how starts are drawn; by p(1-p) of what became of them
-    bank_share: float = 0.5  # of the groups that begin from earlier starts then; 0: instructions alone are chosen so
+    bank_share: float = 0.0  # of the groups that begin from earlier starts then; 0: instructions alone are chosen so
     midway: bool = False  # those may be states in mid-episode, at a chunk's boundary
     lora_targets: tuple[str, ...] = (*HEAD_TARGETS, "llm-attention", "vision-attention")  # what gets adapters, of TARGETS
     lora_rank: int = 16  # rank of an adapter, whose output is doubled: alpha is twice the rank
@@ -153,8 +153,8 @@ def check(args: Args) -> Args:
     parse_schedule(args)
     if args.bank_share > 1:
         raise SystemExit(f"--bank-share {args.bank_share}: must be from 0 to 1")
-    if args.midway and args.curriculum == "uniform":
-        raise SystemExit("--midway: states in mid-episode come from the bank; add --curriculum learnability")
+    if args.midway and (args.curriculum == "uniform" or not args.bank_share):
+        raise SystemExit("--midway: states in mid-episode come from the bank; add --curriculum learnability --bank-share 0.5")
     if args.precision == "fp8" and {"llm-attention", "vision-attention"} & set(args.lora_targets):
         raise SystemExit("--precision fp8: is for a frozen backbone; use bf16, or leave out llm-attention and vision-attention")
     if args.group_size < 2:

@@ -90,7 +90,7 @@ class Args:
     critic_lr: float = 1e-3  # AdamW's learning rate of the critic
     critic_epochs: int = 8  # passes of the critic over a rollout; those beyond --epochs leave the policy alone
     curriculum: Literal["uniform", "learnability"] = "uniform"  # how starts are drawn; by p(1-p) of what became of them
-    bank_share: float = 0.5  # of the episodes that begin from earlier starts then; 0: instructions alone are chosen so
+    bank_share: float = 0.0  # of the episodes that begin from earlier starts then; 0: instructions alone are chosen so
     critic_warmup: int = 3  # iterations in which only the critic learns (without --unfreeze)
     lora_targets: tuple[str, ...] = ("dit-attention", "dit-feed-forward", "vl-attention")  # what gets adapters, of TARGETS
     lora_rank: int = 16  # rank of an adapter, whose output is doubled: alpha is twice the rank

@@ -16,7 +16,8 @@ from tests import warm
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--num-envs 32 --device cpu --eval-episodes 32".split()
 GROUPS = ["--group-size", "8"]
-WHOLE = "--exp-name whole --iterations 4 --eval-every 2 --seed 5 --curriculum learnability --midway".split()
+BANK = "--curriculum learnability --bank-share 0.5 --midway".split()
+WHOLE = [*"--exp-name whole --iterations 4 --eval-every 2 --seed 5".split(), *BANK]
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port")
 
 
@@ -139,8 +140,8 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train(tmp_path):
     """torchrun splits environments and groups; one run folder, written by rank 0."""
-    flags = "--exp-name two --iterations 2 --save-every 2 --eval-every 0 --curriculum learnability --midway".split()
-    run(tmp_path, *flags, *SMALL, *GROUPS, port=29511)
+    flags = "--exp-name two --iterations 2 --save-every 2 --eval-every 0".split()
+    run(tmp_path, *flags, *BANK, *SMALL, *GROUPS, port=29511)
     made = tmp_path / "runs/two"
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["two"] and (made / "simulator1.log").exists()
     assert summary(made)["world_size"] == 2 and summary(made)["ode_success_before"]["episodes"] == 32
