@@ -35,12 +35,12 @@ sys.path.insert(0, str(ROOT))
 from common import wilson_interval, write_json
 from tasks.gr00t import TASKS, find_task
 
-LORA = "grpo_gr00t_lora.py" if (ROOT / "grpo_gr00t_lora.py").exists() else "ppo_gr00t_lora.py"
+HEAD_ADAPTERS = "--lora-targets dit-attention dit-feed-forward vl-attention --unfreeze head vl"  # at once: stages are short
 # name: (script, flags)
 VARIANTS: dict[str, tuple[str, str]] = {
     "head": ("grpo_gr00t.py", ""),
     "head-kl": ("grpo_gr00t.py", "--kl-coef 0.1"),
-    "lora": (LORA, ""),
+    "lora": ("grpo_gr00t_lora.py", HEAD_ADAPTERS),
 }
 Counts = dict[str, tuple[int, int]]  # of an evaluation: successes and episodes of each instruction
 
