@@ -737,8 +737,12 @@ def start_from(env: Any, task: Task, states: TensorDict) -> None:
         return {key: changed(key, x) for key, x in tree.items()}
 
     if hasattr(env, "reset_to"):
+        robots = env.scene.articulations.values()
+        aims = [robot.data.joint_vel_target.torch.clone() for robot in robots]
         # draws new starts, then overwrites them
         env.reset_to(put(env.scene.get_state(is_relative=True), states["scene"]), None, is_relative=True)
+        for robot, aim in zip(robots, aims):  # it has made velocities in mid-episode what controllers aim at, for good
+            robot.set_joint_velocity_target_index(target=aim)
         env.action_manager.reset()  # some actions begin at the joints as they were drawn
     else:
         stock.restore(env, put(stock.snapshot(env), states["scene"]))

@@ -153,3 +153,22 @@ def test_groups_from_the_bank_are_alike_to_the_bit_from_mid_episode_too(env):
     for _ in range(16):
         env.step_chunk(torch.randn(N // size, 4, generator=g).repeat_interleave(size, 0)[:, None], last=True)
         assert torch.equal(physics_state(env), physics_state(env)[heads])
+
+
+def test_nothing_of_a_start_in_mid_episode_is_left_after_a_reset(env):
+    """Not in what is seen at once, and not in what would move later."""
+    from tasks import tabletop
+    from tasks.gr00t import start_from
+    from tests.test_tabletop import physics_state
+
+    def play() -> torch.Tensor:
+        env.reset(seed=41)
+        for _ in range(12):
+            env.step_chunk(tabletop.suite_expert(env.env)[:, None], last=True)
+        return physics_state(env)
+
+    before, middle = play(), env.states()
+    env.env.reset(seed=42)
+    start_from(env.env, env.task, middle)
+    assert torch.equal(physics_state(env), before) and env.env.scene["robot"].data.joint_vel.torch.abs().max() > 0.01
+    assert torch.equal(play(), before)
