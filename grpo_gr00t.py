@@ -141,6 +141,8 @@ def check(args: Args) -> Args:
     if args.num_envs % (args.group_size * world):
         of = f"--group-size {args.group_size}" + (f" times {world} ranks" if world > 1 else "")
         raise SystemExit(f"--num-envs {args.num_envs}: must be a multiple of {of}")
+    if 0 < args.bank_share * args.num_envs < args.group_size * world:
+        raise SystemExit(f"--bank-share {args.bank_share}: is less than one group; give more, or more --num-envs")
     for task in task_names(args.task):
         check_checkpoint(args.checkpoint, args.embodiment_tag, args.data_config, task, TASKS)
     stem = "eval" if args.evaluate else Path(__file__).stem

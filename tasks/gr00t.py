@@ -699,10 +699,12 @@ def asking(env: Any, without: tuple[str, ...], weights: Tensor | None = None) ->
     params = env.env.event_manager.get_term_cfg(env.task.draws).params
     usual = dict(params)
     params["asked"] = tuple(i for i in usual["asked"] if env.task.instructions[i] not in without)
-    params["weights"] = weights[[env.asked.first + i for i in params["asked"]]] if several else None
+    if several:
+        params["weights"] = weights[[env.asked.first + i for i in params["asked"]]]
     try:
         yield
     finally:
+        params.clear()
         params.update(usual)
 
 

@@ -468,7 +468,7 @@ class TerminationsCfg:
 class EventsCfg:
     """Episode starts."""
 
-    reset = EventTermCfg(func=randomise_start, mode="reset", params={"gantry_share": 0.0, "weights": None})
+    reset = EventTermCfg(func=randomise_start, mode="reset", params={"gantry_share": 0.0})
 
 
 def lift_solver(**changes) -> MJWarpSolverCfg:

@@ -90,6 +90,7 @@ REFUSALS = {
         ("--task Tabletop-Lift-Cup-v0", "nearest: Tabletop-Lift-Cube-v0"),
         ("--learning-rate -0.1", "greater than 0"),
         ("--bank-share 2", "from 0 to 1"),
+        ("--bank-share 0.1", "less than one group"),
         ("--midway --curriculum learnability", "add --curriculum learnability --bank-share"),
         ("--kl-coef -1", "0 or more"),
         ("--seed -1", "0 or more"),

@@ -106,10 +106,12 @@ def test_what_is_kept_out_is_asked_for_in_evaluations_alone(env):
 
     def asked(without: tuple[str, ...]) -> set[str]:
         with asking(env, without):
+            assert "weights" not in start.params  # an event of one's own need not take it
             env.reset(seed=4)
         return set(env.env.instructions)
 
-    everything = set(env.task.instructions)
+    everything, start = set(env.task.instructions), env.env.event_manager.get_term_cfg("reset")
+    usual = dict(start.params)
     assert asked(()) == everything and asked(env.task.unseen) == everything - set(env.task.unseen)
     assert asked(tuple(env.task.kept_out)) == everything - {*env.task.untrained, *env.task.unseen}
     with pytest.raises(RuntimeError), asking(env, env.task.unseen):
@@ -120,6 +122,7 @@ def test_what_is_kept_out_is_asked_for_in_evaluations_alone(env):
     with asking(env, tuple(env.task.kept_out), weights):
         env.reset(seed=4)
     asked = env.env.target.bincount(minlength=10)
+    assert start.params == usual
     assert asked[2] + asked[6] == N and 20 < asked[2] < 60  # 40 in the mean, standard deviation 5.5
 
 
