@@ -91,6 +91,12 @@ def test_what_teaches_more_takes_the_place_of_what_teaches_least():
     play(bank, fresh([0], 6.0), [0] if bank.chances[0] < 0.5 else [8], group=8)
     assert where(bank.entries) == where(before)  # nothing to learn there
 
+    bank = StartBank(1, 2, 0.0, "cpu", ALONE)  # eight
+    for i, won in enumerate(([1, 4], [4, 5], [3, 4], [5, 4])):
+        play(bank, fresh([0, 0], at=10.0 * i), won, group=8)
+    play(bank, fresh([0, 0], at=100.0), [0, 3], group=8)  # the better one meets the worst entry
+    assert set(where(bank.entries)) == {1.0, 10.0, 11.0, 20.0, 21.0, 30.0, 31.0, 101.0}
+
 
 def test_only_fresh_starts_tell_how_an_instruction_does():
     bank = StartBank(1, 2, 0.5, "cpu", ALONE)
@@ -107,12 +113,14 @@ def test_states_in_mid_episode_of_mixed_groups_become_entries():
     play(bank, fresh([0, 1, 0], at=1.0), [1, 3, 0])  # instruction 0 succeeds in 1 of 8, instruction 1 in 3 of 4
     middle = fresh([0] * 4 + [1] * 4 + [0] * 4, at=100.0)
     running = torch.ones(12, dtype=torch.bool)
-    running[4] = False
+    running[7] = False  # the one failure of its group: over before its state was noted
     _, figures = play(bank, fresh([0, 1, 0], at=11.0), [1, 3, 0], noted=(middle, running))
     midway = {at for at, x in zip(where(bank.entries), bank.entries["midway"].tolist()) if x}
-    assert midway == {100.0, 107.0}  # the success where most fail, the failure where most succeed; no group without both
+    assert midway == {100.0, 104.0}  # the success where most fail, the first success of the others; no group without both
     assert entry(bank, 100.0) == {"prompt": 0, "successes": 1, "attempts": 1, "midway": 1}
-    assert entry(bank, 107.0) == {"prompt": 1, "successes": 0, "attempts": 1, "midway": 1}
+    assert entry(bank, 104.0) == {"prompt": 1, "successes": 1, "attempts": 1, "midway": 1}
+    play(bank, fresh([0, 1, 0], at=21.0), [0, 3, 0], noted=(fresh([0] * 4 + [1] * 4 + [0] * 4, at=200.0), torch.ones(12) > 0))
+    assert entry(bank, 207.0) == {"prompt": 1, "successes": 0, "attempts": 1, "midway": 1}  # the failure where most succeed
     assert bank.noted is None and figures["curriculum/midway"] == 0
 
 
