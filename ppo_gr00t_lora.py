@@ -579,7 +579,7 @@ def advantages(samples: TensorDict, success: Tensor, args: Args, ranks: Ranks, l
     own = keep & (prompt == torch.arange(count, device=prompt.device)[:, None, None])  # (K, T, N), each instruction's
     n, mean, var = group_moments(advantage, own, ranks)  # (K,)
     # within each instruction: that one is easier than another is no action's merit
-    samples["advantage"], samples["target"] = (advantage - mean[prompt]) / (var.sqrt()[prompt] + 1e-3) * keep, target
+    samples["advantage"], samples["target"] = (advantage - mean[prompt]) / (var.sqrt()[prompt] + 1e-3), target
     groups = torch.cat([keep[None], own])  # (1 + K, T, N)
     spread, rest = (group_moments(x, groups, ranks)[2] for x in (target, target - value))  # (1 + K,)
     explained = torch.where(spread > 1e-8, 1 - rest / spread, 0.0)
