@@ -56,27 +56,28 @@ def steps(device: str) -> list[Step]:
     many, random, size = (4096, "runs/random_3b", "full") if gpu else (32, "runs/random_tiny", "tiny")
     bench = f"benchmarks/throughput.py --device {device} --out runs/gpu/throughput_{device.replace(':', '')}"
     bench += " --what" if gpu else " --compile-backend eager --what"  # the compiler for CPUs takes minutes
-    grpo = f"grpo_gr00t.py --device {device} --eval-episodes 0"
     full = f"ppo_gr00t_frozen.py --device {device} --eval-episodes 0 --checkpoint {random} --num-envs {many} --iterations 1"
     full += " --critic-warmup 0 --exp-name gpu_full"  # random weights never succeed: GRPO would have no gradient
     demo = f"grpo_gr00t.py --device {device} --exp-name gpu_demo" + (
         "" if gpu else " --num-envs 32 --iterations 2 --eval-episodes 32"
     )
     demos = f"sft_gr00t.py --device {device} --demos {4 * many} --num-envs {many}"
+    grpo, its = f"--device {device} --eval-episodes 0 --num-envs", 20 if gpu else 2
     tiny = [
         Step(
             5,
-            f"GRPO, tiny network, {n} environments",
-            f"{grpo} --num-envs {n} --iterations {20 if gpu else 2} --exp-name gpu_{n}",
+            f"{name}, tiny network, {n} environments",
+            f"{name}.py {grpo} {n} --iterations {its} --exp-name gpu_{name}_{n}",
             True,
         )
+        for name in ("grpo_gr00t", "grpo_gr00t_lora")
         for n in ((1024, 4096) if gpu else (32,))
     ]
     sizes, few, shape = ((64, 512, 4096), 20, "256 1 64 1024 4096") if gpu else ((8, 32), 4, "8 1 32")
     rates = [(n, "64") for n in sizes[:-1]] + [(many, "64 128 224" if gpu else "64 128")]
     body = "Isaac-Humanoid-Direct" if gpu else "Isaac-Cartpole-Direct"
     peers = f"benchmarks/ppo_vs_peers.py --task {body} --libs ppo_isaac rsl_rl --num-envs {many}"
-    others = ("ppo_gr00t_frozen", "ppo_gr00t_lora")
+    others = ("grpo_gr00t_lora", "ppo_gr00t_frozen", "ppo_gr00t_lora")
     checks = ("ratio", "sync", "again", "compiled", "ppo_isaac")
     return [
         Step(1, "tests", "-m pytest -q -n 0 tests/test_gpu_paths.py tests/test_common.py -k 'gpu or triton or float8'"),
@@ -194,7 +195,8 @@ def check(name: Check, device: str) -> None:
     from gr00t_n1d5.policy import take
 
     device, alone = pick_device(device), Ranks(0, 1)
-    scripts = [importlib.import_module(module) for module in ("grpo_gr00t", "ppo_gr00t_frozen", "ppo_gr00t_lora")]
+    names = ("grpo_gr00t", "grpo_gr00t_lora", "ppo_gr00t_frozen", "ppo_gr00t_lora")
+    scripts = [importlib.import_module(module) for module in names]
     g = torch.Generator().manual_seed(0)
 
     def actor(script, **flags):
@@ -272,7 +274,7 @@ def check(name: Check, device: str) -> None:
             batch = acted(own, policy, observed(64))
             for again in (False, True):
                 optimizer.zero_grad()
-                loss(script, policy, batch, own).backward()
+                loss(script, policy, batch.copy(), own).backward()  # which adds features to it
                 optimizer.step()
                 if not again:
                     with tempfile.TemporaryDirectory() as folder:
@@ -280,7 +282,7 @@ def check(name: Check, device: str) -> None:
                         (policy.save_adapters if hasattr(policy, "save_adapters") else policy.save)(Path(folder))
                         other.load(Path(folder))
             optimizer = torch.optim.SGD(other.trainable(), 1e-2)
-            loss(script, other, batch, own).backward()
+            loss(script, other, batch.copy(), own).backward()
             optimizer.step()
             pairs = zip(policy.trainable(), other.trainable(), strict=True)
             found[script.__name__] = max(float((a - b).abs().max()) for a, b in pairs)
