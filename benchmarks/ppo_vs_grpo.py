@@ -40,7 +40,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "sft": ("grpo_gr00t.py", "--evaluate"),
     "grpo": ("grpo_gr00t.py", ""),
     "grpo-lora": ("grpo_gr00t_lora.py", "--lora-targets dit-attention dit-feed-forward vl-attention --unfreeze head vl"),
-    "grpo-unfreeze": ("grpo_gr00t_lora.py", f"{UNFREEZE} --unfreeze head vl:20% llm:40%:1e-4 vision:60%:1e-4"),
+    "grpo-unfreeze": ("grpo_gr00t_lora.py", ""),
     "ppo": ("ppo_gr00t_frozen.py", ""),
     "ppo-privileged": ("ppo_gr00t_frozen.py", "--critic-obs privileged"),
     "ppo-lora": ("ppo_gr00t_lora.py", ""),
