@@ -40,7 +40,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "sft": ("grpo_gr00t.py", "--evaluate"),
     "grpo": ("grpo_gr00t.py", ""),
     "grpo-lora": ("grpo_gr00t_lora.py", "--lora-targets dit-attention dit-feed-forward vl-attention --unfreeze head vl"),
-    "grpo-unfreeze": ("grpo_gr00t_lora.py", ""),
+    "grpo-unfreeze": ("grpo_gr00t_lora.py", "--unfreeze head vl:13.4% llm:26.7%:2e-4 vision:40%:2e-4"),  # its defaults at 150
     "ppo": ("ppo_gr00t_frozen.py", ""),
     "ppo-privileged": ("ppo_gr00t_frozen.py", "--critic-obs privileged"),
     "ppo-lora": ("ppo_gr00t_lora.py", ""),

@@ -49,15 +49,21 @@ def test_the_scripts_take_the_command_lines(method):
 
 
 @pytest.mark.parametrize(
-    "method, script, head", [("ppo-unfreeze", "ppo_gr00t_lora", 3), ("grpo-unfreeze", "grpo_gr00t_lora", 0)]
+    "method, script, head, rate, starts, few",  # few: of 7 iterations, rounded
+    [
+        ("ppo-unfreeze", "ppo_gr00t_lora", 3, 1e-4, (30, 60, 90), (1, 3, 4)),  # 1.4, 2.8, 4.2
+        ("grpo-unfreeze", "grpo_gr00t_lora", 0, 2e-4, (20, 40, 60), (1, 2, 3)),  # 0.9, 1.9, 2.8
+    ],
 )
-def test_stages_begin_at_shares_of_the_run(method, script, head):
+def test_stages_begin_at_shares_of_the_run(method, script, head, rate, starts, few):
     script = importlib.import_module(script)
-    for iterations, starts in ((150, (30, 60, 90)), (7, (1, 3, 4))):  # 7: 1.4, 2.8 and 4.2, rounded
+    for iterations, begun in ((150, starts), (7, few)):
         args = tyro.cli(script.Args, args=bench.command(Args(iterations=iterations), method, 1)[2:])
         stages = [(stage.name, stage.start, stage.learning_rate) for stage in script.parse_schedule(args)]
-        rest = zip(("vl", "llm", "vision"), starts, (args.learning_rate, 1e-4, 1e-4))
+        rest = zip(("vl", "llm", "vision"), begun, (args.learning_rate, rate, rate))
         assert sorted(stages) == sorted([("head", head, args.learning_rate), *rest])
+    args, default = tyro.cli(script.Args, args=bench.command(Args(), method, 1)[2:]), script.Args()
+    assert method == "ppo-unfreeze" or script.parse_schedule(args) == script.parse_schedule(default)  # GRPO's own, at 150
 
 
 def test_more_flags_for_a_method():
