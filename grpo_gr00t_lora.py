@@ -44,6 +44,7 @@ from tasks.gr00t import (
     task_config,
     task_names,
 )
+from tasks.randomize import Randomization, parse_axes
 
 HERE = Path(__file__).resolve().parent
 PARENT = ("grpo_gr00t.py", "ppo_gr00t_lora.py")
@@ -67,6 +68,7 @@ class Args:
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
     physics: str | None = None  # Isaac Lab physics preset (newton_mjwarp, ...), or mujoco_c: a CPU's default
     renderer: str | None = None  # Isaac Lab renderer preset (newton_renderer, isaacsim_rtx, ...)
+    randomize: tuple[str, ...] = ()  # what differs between episodes: camera:0.5, or all:0.5 (axes in tasks/randomize.py)
     num_envs: int = 128  # parallel environments over all ranks
     iterations: int = 240  # rollout-and-update iterations
     evaluate: bool = False  # evaluate --checkpoint, and nothing else
@@ -166,6 +168,7 @@ def check(args: Args) -> Args:
     if 0 < args.bank_share * args.num_envs < args.group_size * world:
         raise SystemExit(f"--bank-share {args.bank_share}: is less than one group; give more, or more --num-envs")
     for task in task_names(args.task):
+        parse_axes(args.randomize, TASKS[task])
         check_checkpoint(args.checkpoint, args.embodiment_tag, args.data_config, task, TASKS)
     stem = "eval" if args.evaluate else Path(__file__).stem
     args.exp_name = run_name(args.exp_name, stem, "+".join(task_names(args.task)), args.seed, resume=args.resume)
@@ -239,12 +242,14 @@ class ChunkEnv:
         self.env, self.terminations = make_task(rank_task(args.task), cfg)
         self.prompts = Prompts(self.env, self.task, args.instruction)
         self.asked = all_instructions(args.task, args.instruction)
+        self.varied = Randomization(self.env, self.task, parse_axes(args.randomize, self.task))
         self.num_envs, self.device = self.env.num_envs, self.env.device
 
     def reset(self, seed: int, group_size: int = 1, bank: StartBank | None = None) -> TensorDict:
         """Starts one episode everywhere; the starts depend on the seed, the number of environments and the bank alone."""
         self.env.reset(seed=seed)
         self.prompts.fix()
+        self.varied.draw(seed, group_size)
         if group_size > 1 or bank:
             states = self.states()[::group_size]  # (groups,)
             states = bank.draw(states, seed) if bank else states
@@ -257,7 +262,7 @@ class ChunkEnv:
 
     def step_chunk(self, actions: Tensor, last: bool = False) -> TensorDict | None:
         """Executes (N, chunk, d) actions; `self.success` is up to date afterwards. No image is rendered after the last."""
-        for action in actions.unbind(1):
+        for action in self.varied.delay(actions).unbind(1):
             self.env.step(action)
             ended = self.terminations.compute()  # (N,)
             self.success = self.success | (self.terminations.get_term("success") & ~self.failure)
@@ -276,14 +281,16 @@ class ChunkEnv:
     def observe(self) -> TensorDict:
         """images (N, V, H, W, 3) uint8, state (N, d) in the simulator's units, prompt (N,) index of the instruction."""
         state, prompt = self.env.obs_buf["policy"].clone(), self.prompts.index()
-        return TensorDict({"images": self.task.images(self.env), "state": state, "prompt": prompt}, self.num_envs)
+        obs = {"images": self.task.images(self.env), "state": state, "prompt": prompt}
+        return self.varied.spoil(TensorDict(obs, self.num_envs))
 
 
 @contextlib.contextmanager
 def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
     """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
     task, num_envs = rank_task(args.task), args.num_envs // ranks.world
-    cfg = task_config(task, args.device, num_envs, image_size, args.physics, args.renderer)
+    axes = parse_axes(args.randomize, TASKS[task])
+    cfg = task_config(task, args.device, num_envs, image_size, args.physics, args.renderer, axes=axes)
     log = run_dir / f"simulator{ranks.rank or ''}.log"
     with start_simulator(cfg, args.device, cameras=bool(TASKS[task].cameras), log=log) as ready:
         env = ChunkEnv(args, cfg)

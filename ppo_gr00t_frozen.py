@@ -49,6 +49,7 @@ from tasks.gr00t import (
     task_config,
     task_names,
 )
+from tasks.randomize import Randomization, parse_axes
 
 HERE = Path(__file__).resolve().parent
 PARENT = "grpo_gr00t.py"
@@ -72,6 +73,7 @@ class Args:
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
     physics: str | None = None  # Isaac Lab physics preset (newton_mjwarp, ...), or mujoco_c: a CPU's default
     renderer: str | None = None  # Isaac Lab renderer preset (newton_renderer, isaacsim_rtx, ...)
+    randomize: tuple[str, ...] = ()  # what differs between episodes: camera:0.5, or all:0.5 (axes in tasks/randomize.py)
     num_envs: int = 128  # parallel environments over all ranks
     iterations: int = 240  # rollout-and-update iterations
     evaluate: bool = False  # evaluate --checkpoint, and nothing else
@@ -151,6 +153,7 @@ def check(args: Args) -> Args:
     if args.num_envs % world:
         raise SystemExit(f"--num-envs {args.num_envs}: must be a multiple of {world} ranks")
     for task in task_names(args.task):
+        parse_axes(args.randomize, TASKS[task])
         check_checkpoint(args.checkpoint, args.embodiment_tag, args.data_config, task, TASKS)
     stem = "eval" if args.evaluate else Path(__file__).stem
     args.exp_name = run_name(args.exp_name, stem, "+".join(task_names(args.task)), args.seed, resume=args.resume)
@@ -183,12 +186,14 @@ class ChunkEnv:
         self.env, self.terminations = make_task(rank_task(args.task), cfg)
         self.prompts = Prompts(self.env, self.task, args.instruction)
         self.asked = all_instructions(args.task, args.instruction)
+        self.varied = Randomization(self.env, self.task, parse_axes(args.randomize, self.task))
         self.num_envs, self.device = self.env.num_envs, self.env.device
 
     def reset(self, seed: int, bank: StartBank | None = None) -> TensorDict:
         """Starts one episode everywhere; the starts depend on the seed, the number of environments and the bank alone."""
         self.env.reset(seed=seed)
         self.prompts.fix()
+        self.varied.draw(seed)
         if bank:
             start_from(self.env, self.task, bank.draw(self.states(), seed))
         refresh_observations(self.env)
@@ -204,7 +209,7 @@ class ChunkEnv:
         No image is rendered after the last.
         """
         self.reward = torch.zeros(self.num_envs, device=self.device)  # (N,)
-        for i, action in enumerate(actions.unbind(1)):
+        for i, action in enumerate(self.varied.delay(actions).unbind(1)):
             before, alive = self.success, ~self.ended
             _, dense, *_ = self.env.step(action)
             ended = self.terminations.compute()  # (N,)
@@ -229,15 +234,16 @@ class ChunkEnv:
         state, prompt = self.env.obs_buf["policy"].clone(), self.prompts.index()
         time = torch.full((self.num_envs, 1), self.steps / self.task.horizon, device=self.device)
         critic = torch.cat([self.env.obs_buf[self.critic_group], time], 1)
-        seen = {"images": self.task.images(self.env), "state": state, "prompt": prompt, "critic": critic}
-        return TensorDict(seen, self.num_envs)
+        obs = {"images": self.task.images(self.env), "state": state, "prompt": prompt, "critic": critic}
+        return self.varied.spoil(TensorDict(obs, self.num_envs))
 
 
 @contextlib.contextmanager
 def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
     """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
     task, num_envs, dense = rank_task(args.task), args.num_envs // ranks.world, args.reward == "dense"
-    cfg = task_config(task, args.device, num_envs, image_size, args.physics, args.renderer, dense)
+    axes = parse_axes(args.randomize, TASKS[task])
+    cfg = task_config(task, args.device, num_envs, image_size, args.physics, args.renderer, dense, axes=axes)
     log = run_dir / f"simulator{ranks.rank or ''}.log"
     with start_simulator(cfg, args.device, cameras=bool(TASKS[task].cameras), log=log) as ready:
         env = ChunkEnv(args, cfg)

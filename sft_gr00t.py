@@ -68,6 +68,7 @@ from tasks.gr00t import (
     task_config,
     task_names,
 )
+from tasks.randomize import Randomization, parse_axes
 
 PARENT = "grpo_gr00t.py"
 DIFFERS = {"Args", "parse", "check", "make_env", "Gr00tActor", "learning_rate", "train", "main"}
@@ -85,6 +86,7 @@ class Args:
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
     physics: str | None = None  # Isaac Lab physics preset (newton_mjwarp, ...), or mujoco_c: a CPU's default
     renderer: str | None = None  # Isaac Lab renderer preset (newton_renderer, isaacsim_rtx, ...)
+    randomize: tuple[str, ...] = ()  # what differs between episodes: camera:0.5, or all:0.5 (axes in tasks/randomize.py)
     num_envs: int = 128  # parallel environments over all ranks
     evaluate: bool = False  # evaluate --checkpoint, and nothing else
     eval_every: int = 0  # optimizer steps between evaluations by the ODE, each of which leaves a checkpoint; 0: at the end
@@ -137,6 +139,7 @@ def check(args: Args) -> Args:
     if args.expert:
         find_teacher(args.expert, args.task)
     for name in task_names(args.task):
+        parse_axes(args.randomize, TASKS[name])
         if not (TASKS[name].expert or args.expert or args.evaluate):
             able = ", ".join(name for name, task in TASKS.items() if task.expert)
             raise SystemExit(
@@ -233,12 +236,14 @@ class ChunkEnv:
         self.env, self.terminations = make_task(rank_task(args.task), cfg)
         self.prompts = Prompts(self.env, self.task, args.instruction)
         self.asked = all_instructions(args.task, args.instruction)
+        self.varied = Randomization(self.env, self.task, parse_axes(args.randomize, self.task))
         self.num_envs, self.device = self.env.num_envs, self.env.device
 
     def reset(self, seed: int, group_size: int = 1, bank: StartBank | None = None) -> TensorDict:
         """Starts one episode everywhere; the starts depend on the seed, the number of environments and the bank alone."""
         self.env.reset(seed=seed)
         self.prompts.fix()
+        self.varied.draw(seed, group_size)
         if group_size > 1 or bank:
             states = self.states()[::group_size]  # (groups,)
             states = bank.draw(states, seed) if bank else states
@@ -251,7 +256,7 @@ class ChunkEnv:
 
     def step_chunk(self, actions: Tensor, last: bool = False) -> TensorDict | None:
         """Executes (N, chunk, d) actions; `self.success` is up to date afterwards. No image is rendered after the last."""
-        for action in actions.unbind(1):
+        for action in self.varied.delay(actions).unbind(1):
             self.env.step(action)
             ended = self.terminations.compute()  # (N,)
             self.success = self.success | (self.terminations.get_term("success") & ~self.failure)
@@ -270,7 +275,8 @@ class ChunkEnv:
     def observe(self) -> TensorDict:
         """images (N, V, H, W, 3) uint8, state (N, d) in the simulator's units, prompt (N,) index of the instruction."""
         state, prompt = self.env.obs_buf["policy"].clone(), self.prompts.index()
-        return TensorDict({"images": self.task.images(self.env), "state": state, "prompt": prompt}, self.num_envs)
+        obs = {"images": self.task.images(self.env), "state": state, "prompt": prompt}
+        return self.varied.spoil(TensorDict(obs, self.num_envs))
 
 
 @contextlib.contextmanager
@@ -278,7 +284,8 @@ def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
     """Starts the simulator and yields a ChunkEnv; what the simulator prints goes to a file."""
     own_groups = tuple(find_teacher(args.expert, args.task)[1]["obs_groups"]) if args.expert else ()
     task, num_envs = rank_task(args.task), args.num_envs // ranks.world
-    cfg = task_config(task, args.device, num_envs, image_size, args.physics, args.renderer, own_groups=own_groups)
+    axes = parse_axes(args.randomize, TASKS[task])
+    cfg = task_config(task, args.device, num_envs, image_size, args.physics, args.renderer, own_groups=own_groups, axes=axes)
     log = run_dir / f"simulator{ranks.rank or ''}.log"
     with start_simulator(cfg, args.device, cameras=bool(TASKS[task].cameras), log=log) as ready:
         env = ChunkEnv(args, cfg)

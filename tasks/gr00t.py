@@ -21,11 +21,12 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks import current_name
+from tasks.randomize import Ranges, add_distractor
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -56,6 +57,7 @@ class Task:
     image_size: int | None = None  # of the cameras [px], where the checkpoint was trained on another than its own
     overrides: tuple[str, ...] = ()  # Isaac Lab's
     prepare: Callable[[Any], None] | None = None  # changes the configuration further
+    wordings: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of an instruction, ever further from its own words
     target: str | None = None  # attribute of the env with the index of each episode's instruction; None: the first
     untrained: tuple[str, ...] = ()  # instructions that only imitation and evaluations ask for, not RL
     unseen: tuple[str, ...] = ()  # that only evaluations ask for
@@ -66,6 +68,7 @@ class Task:
     action_limit: float | None = None  # beyond which the task clips all actions; demonstrations have none
     demo_params: dict[str, dict] = field(default_factory=dict)  # of event terms, while it demonstrates
     demo_noise: dict[str, float] = field(default_factory=dict)  # by key of the action: std of what demonstrations are off by
+    ranges: Ranges = Ranges()  # of --randomize
     embodiment_tag: str | None = None  # of the public checkpoint that the row is for
     data_config: str | None = None  # how that one reads its metadata.json (gr00t_n1d5/embodiment.py)
     bracketed: bool = False  # instructions as "['sentence']", which NVIDIA's unbatched inference does
@@ -253,6 +256,11 @@ LIFT = Task(
     target="target",
     draws="reset",
     privileged=24,
+    ranges=Ranges(camera=(0.02, 0.04), distractor=((0.0, 0.0, 0.0225), 0.22, 0.16)),  # the camera's view is 27 degrees wide
+    wordings={
+        f"lift the {colour} cube": (f"lift the cube that is {colour}", f"pick up the {colour} block", f"raise the {other} box")
+        for colour, other in (("red", "crimson"), ("blue", "navy"))
+    },
     expert=later("tasks.tabletop:expert_action"),
     demo_steps=16,
     demo_params={"reset": {"gantry_share": 0.5}},
@@ -454,7 +462,7 @@ def all_instructions(tasks: str | tuple[str, ...], instruction: str | None) -> I
 
 def task_config(
     name: str, device: str, num_envs: int, image_size: int, physics: str | None, renderer: str | None, dense: bool = False,
-    own_groups: tuple[str, ...] = (),
+    own_groups: tuple[str, ...] = (), axes: Iterable[str] = (),
 ) -> Any:  # fmt: skip
     """Isaac Lab's configuration of a row of TASKS, ready for a policy that looks when it wants to.
 
@@ -467,6 +475,7 @@ def task_config(
         physics, renderer: Isaac Lab's presets, or mujoco_c; None: the task's own, or Newton's where Isaac Sim is not installed.
         dense: keep the task's own rewards; a script that watches success alone has no use for them.
         own_groups: the task's own observation groups that `own_observation` is to find.
+        axes: of `--randomize`.
     """
     import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own tasks)
     from isaaclab_tasks.utils.presets import MultiBackendRendererCfg
@@ -493,6 +502,8 @@ def task_config(
         raise SystemExit(f"--task {name}: a direct task has no terms to name; success and terms of its row must be functions")
     if task.prepare:
         task.prepare(cfg)
+    if "distractor" in axes:
+        add_distractor(cfg)
     if not task.module:
         switched_off = switch_off(cfg)
         if switched_off:
@@ -668,8 +679,9 @@ class Prompts:
 
     def __init__(self, env: Any, task: Task, instruction: str | None):
         own = task.instructions
-        # an instruction of the task's own fixes what is asked for; any other wording leaves that to the task
-        self.asked = own.index(instruction) if instruction in own and task.target else None
+        # an instruction of the task's own, or its wordings, fixes what is asked for; any other leaves that to the task
+        meant = next((text for text, others in task.wordings.items() if instruction in others), instruction)
+        self.asked = own.index(meant) if meant in own and task.target else None
         self.env, self.target, self.several = env, task.target, task.target is not None and not instruction
 
     def fix(self) -> None:
