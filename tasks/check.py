@@ -180,10 +180,9 @@ def check_groups(env: Any, reset: Callable[[], TensorDict], act: Callable, group
 
     def compare(obs: TensorDict) -> tuple[float, float, bool]:
         """Largest difference to the first of a group, share of pixels that differ; whether all groups are alike."""
-        everything = env.states().set("seen", obs["state"]).flatten_keys().values()
-        state = torch.cat([x.reshape(len(x), -1).double() for x in everything], 1).unflatten(
-            0, (-1, group_size)
-        )  # (groups, G, d)
+        parts = env.states().set("seen", obs["state"]).flatten_keys().values()
+        state = torch.cat([x.reshape(len(x), -1).double() for x in parts], 1)
+        state = state.unflatten(0, (-1, group_size))  # (groups, G, d)
         images = obs["images"].flatten(1).unflatten(0, (-1, group_size))
         pixels = (images != images[:, :1]).float().mean().item() if images.numel() else 0.0
         return (state - state[:, :1]).abs().max().item(), pixels, len(state) > 1 and torch.equal(state[0], state[-1])
@@ -259,7 +258,7 @@ def check_cameras(names: list[str], episode: Episode, act: Callable, normalize: 
     best = max(range(len(others)), key=lambda i: scores[i])
     shown = ", ".join(names[i] for i in orders[1 + best])
     measured = f"error to the expert {given.mean():.3f} in the row's order, {others[best].mean():.3f} as {shown}"
-    measured += f" ({scores[best]:+.1f} standard errors better)"
+    measured += f" ({abs(scores[best]):.1f} standard errors {'better' if scores[best] > 0 else 'worse'})"
     swapped = scores[best] > SIGMAS and "cameras swapped? look which camera the row names for which of the checkpoint's keys"
     return judge("cameras", measured, swapped, max(map(abs, scores)) < SIGMAS and "their order makes no difference that shows")
 
@@ -308,7 +307,7 @@ def check_success(
     none = not rate and not dense and "RL would have no gradient"
     fail = (
         (none and not able and f"no success was ever reached: {none}; can it be within the horizon?")
-        or (none and f"the policy never succeeds (below {most:.3f}): {none}; imitate first (sft_gr00t.py)")
+        or (none and f"the policy never succeeds (below {most:.3f}): {none}; imitate first, or explore less (--noise-level)")
         or (group_size > 1 and not mixed and "all groups fare alike: no gradient; give more --num-envs, or a harder task")
     )
     warn = (
