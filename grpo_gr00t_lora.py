@@ -72,6 +72,7 @@ class Args:
     num_envs: int = 128  # parallel environments over all ranks
     iterations: int = 240  # rollout-and-update iterations
     evaluate: bool = False  # evaluate --checkpoint, and nothing else
+    check: bool = False  # look before a long run: is the task sound, does the policy see it, what will it take; no training
     eval_every: int = 50  # iterations between evaluations by the ODE; 0: only before and after
     eval_episodes: int = 256  # episodes of an evaluation (rounded up to whole batches of environments); 0: none, no film
     eval_seed: int = 7_000_000  # of an evaluation's episode starts, the same for every evaluation
@@ -142,6 +143,8 @@ def parse() -> Args:
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
     args.task = find_tasks(args.task, int(os.environ.get("WORLD_SIZE", 1)))
+    if args.check and (args.evaluate or args.resume):
+        raise SystemExit("--check: looks at a run before it begins; leave out --evaluate and --resume")
     check_positive(
         num_envs=args.num_envs, iterations=args.iterations, save_every=args.save_every, chunk=args.chunk,
         denoise_steps=args.denoise_steps, noise_level=args.noise_level, learning_rate=args.learning_rate,
@@ -170,7 +173,7 @@ def check(args: Args) -> Args:
     for task in task_names(args.task):
         parse_axes(args.randomize, TASKS[task])
         check_checkpoint(args.checkpoint, args.embodiment_tag, args.data_config, task, TASKS)
-    stem = "eval" if args.evaluate else Path(__file__).stem
+    stem = "eval" if args.evaluate else "check" if args.check else Path(__file__).stem
     args.exp_name = run_name(args.exp_name, stem, "+".join(task_names(args.task)), args.seed, resume=args.resume)
     return args
 
@@ -226,6 +229,7 @@ from torch import Tensor, nn
 
 from gr00t_n1d5.network import Gr00tN1d5
 from gr00t_n1d5.policy import Gr00tPolicy, plan_memory, sample_buffer, take
+from tasks.check import check_first_ratio, check_groups, check_policy, check_success, check_task, costs, report
 from tasks.stock import start_simulator
 
 
@@ -597,6 +601,11 @@ def learning_rate(args: Args, iteration: int, stage: Stage) -> float:
     return stage.learning_rate * warm * (1 - 0.9 * min(max(past, 0.0), 1.0))
 
 
+def ratio_tolerance(args: Args) -> float:
+    """On |ratio - 1| before the first update: see `check_ratio`."""
+    return TOLERANCE[torch.device(args.device).type if args.precision == "fp32" else args.precision]
+
+
 def check_ratio(metrics: dict[str, float], args: Args) -> None:
     """Stops a run whose update does not see the policy of the rollout.
 
@@ -604,7 +613,7 @@ def check_ratio(metrics: dict[str, float], args: Args) -> None:
     another order, which shifts a log-probability, a sum over hundreds of numbers, by 1e-5 in fp32 and by 1e-2 in TF32.
     """
     error = metrics.get("update/first_ratio_error", 0.0)
-    if error > TOLERANCE[torch.device(args.device).type if args.precision == "fp32" else args.precision]:
+    if error > ratio_tolerance(args):
         raise SystemExit(f"ratio on the first minibatch is off by {error:.1e}: rollout and update disagree; a bug")
 
 
@@ -674,6 +683,35 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
     record(args, env, policy, run, ranks, "after")
 
 
+def check_run(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks, plan: str) -> None:
+    """A look before a long run: a line per check, exit status 1 where one fails. Nothing is learned: the rate is 0."""
+    seed, timer, log, texts = (
+        episode_seed(args.seed, 0, ranks),
+        StageTimer(args.device),
+        Metrics(args.device, ranks),
+        policy.texts,
+    )
+
+    def act(obs: TensorDict, draw: int, explore: bool = False) -> Tensor:
+        return policy.act(obs, Noise(args.device, ranks, args.seed, draw), explore)["action"]
+
+    expert = env.task.expert
+    episode, found = check_task(env, expert, act, policy.chunk, seed)
+    found += check_policy(env, episode, act, policy.processor, texts, expert is not None)
+    found += check_groups(env, lambda: env.reset(seed, args.group_size), act, args.group_size, policy.chunk)
+    samples = rollout(env, policy, args, 0, ranks, timer, make_bank(args, run, ranks))
+    with timer("update"):
+        advantages(samples, env.success, args, ranks, log)
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, 0.0, weight_decay=0.0, fused=policy.device.type == "cuda")
+        update(policy, optimizer, samples, plan_minibatches(samples["valid"], args, 0, ranks), args, ranks, log)
+        metrics = log.read()
+    won = episode.success if expert else None
+    found.append(check_success(won, env.success, samples["prompt"][0], texts, args.group_size))
+    found.append(check_first_ratio(metrics.get("update/first_ratio_error"), ratio_tolerance(args)))
+    report(found + costs(plan, args.device, timer.seconds(), args.iterations), run, ranks)
+
+
 # ======== evaluate ====================================================================================================
 @torch.no_grad()
 def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explore: bool = False) -> dict[str, Any]:
@@ -733,7 +771,9 @@ def main(args: Args) -> None:
             odd = ranks.gather(policy.processor.unusual(env.env.obs_buf["policy"]))[: len(task_names(args.task))]  # of each
             for keys in filter(None, odd):
                 run.event(f"warning: states are far from what the checkpoint was trained on: {keys}")
-            if args.evaluate:
+            if args.check:
+                check_run(args, env, policy, run, ranks, plan)
+            elif args.evaluate:
                 run.result(ode_success=evaluate(args, env, policy, ranks))
             else:
                 train(args, env, policy, run, ranks)

@@ -71,7 +71,7 @@ from tasks.gr00t import (
 from tasks.randomize import Randomization, parse_axes
 
 PARENT = "grpo_gr00t.py"
-DIFFERS = {"Args", "parse", "check", "make_env", "Gr00tActor", "learning_rate", "train", "main"}
+DIFFERS = {"Args", "parse", "check", "make_env", "Gr00tActor", "learning_rate", "train", "check_run", "main"}
 
 
 # ======== Args ========================================================================================================
@@ -89,6 +89,7 @@ class Args:
     randomize: tuple[str, ...] = ()  # what differs between episodes: camera:0.5, or all:0.5 (axes in tasks/randomize.py)
     num_envs: int = 128  # parallel environments over all ranks
     evaluate: bool = False  # evaluate --checkpoint, and nothing else
+    check: bool = False  # look before a long run: does the task start, end and look as it should, does the expert succeed
     eval_every: int = 0  # optimizer steps between evaluations by the ODE, each of which leaves a checkpoint; 0: at the end
     eval_episodes: int = 256  # episodes of an evaluation (rounded up to whole batches of environments); 0: none
     eval_seed: int = 7_000_000  # of an evaluation's episode starts, the same for every evaluation
@@ -145,6 +146,8 @@ def check(args: Args) -> Args:
             raise SystemExit(
                 f"--task {name}: has no scripted expert; name a run of ppo_isaac.py with --expert ({able} have one)"
             )
+    if args.check and args.evaluate:
+        raise SystemExit("--check: looks at a run before it begins; leave out --evaluate")
     if args.evaluate and not args.checkpoint:
         raise SystemExit("--evaluate: name what to evaluate with --checkpoint")
     check_positive(
@@ -173,7 +176,7 @@ def check(args: Args) -> Args:
             check_checkpoint(args.checkpoint, args.embodiment_tag, None, name, TASKS)
         elif args.checkpoint and check_network(args.checkpoint, TASKS[name].sizes).num_embodiments < kinds:
             raise SystemExit(f"--checkpoint {args.checkpoint}: has fewer embodiments than the tasks, {kinds}; leave it out")
-    stem = "eval" if args.evaluate else Path(__file__).stem
+    stem = "eval" if args.evaluate else "check" if args.check else Path(__file__).stem
     args.exp_name = run_name(args.exp_name, stem, "+".join(task_names(args.task)), args.seed)
     return args
 
@@ -220,6 +223,7 @@ from gr00t_n1d5.config import Gr00tConfig
 from gr00t_n1d5.network import Gr00tN1d5
 from gr00t_n1d5.policy import Gr00tPolicy, plan_memory, take
 from gr00t_n1d5.processor import Augmentation, Gr00tProcessor, load_tokenizer, tiny_tokenizer
+from tasks.check import check_expert, check_task, report
 from tasks.stock import start_simulator
 
 
@@ -577,6 +581,14 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
     run.result(ode_success=result, loss=metrics["update/loss"], samples=samples, instructions=instructions)
 
 
+def check_run(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks) -> None:
+    """A look before a long run: a line per check, exit status 1 where one fails. Nothing is trained."""
+    expert, began = teacher(args) if args.expert else env.task.expert, time.monotonic()
+    episode, found = check_task(env, expert, None, policy.chunk, episode_seed(args.seed, 0, ranks))
+    batches, seconds = math.ceil(args.demos / args.num_envs) + 1, time.monotonic() - began
+    report(found + check_expert(episode, policy.texts, batches, seconds), run, ranks)
+
+
 # ======== evaluate ====================================================================================================
 @torch.no_grad()
 def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explore: bool = False) -> dict[str, Any]:
@@ -615,7 +627,9 @@ def main(args: Args) -> None:
         run.event(f"instructions: {'; '.join(all_instructions(args.task, args.instruction).names)}")
         run.event(f"starting the simulator (its own output: {run.dir}/simulator.log)")
         with make_env(args, policy.camera_size, run.dir, ranks) as env:
-            if args.evaluate:
+            if args.check:
+                check_run(args, env, policy, run, ranks)
+            elif args.evaluate:
                 run.result(ode_success=evaluate(args, env, policy, ranks))
             else:
                 train(args, env, policy, run, ranks)

@@ -347,44 +347,55 @@ class Gr00tProcessor:
 
     def normalize_state(self, state: Tensor) -> Tensor:
         """Raw state (B, d) -> (B, 1, state_dim), zero-padded on the right."""
-        state = self.encoders["state"].forward(self._ordered("state", state))
+        state = self.encoders["state"].forward(self._sorted("state", state))
         return F.pad(state, (0, self.config.state_dim - state.shape[-1]))[:, None]
 
     def normalize_action(self, action: Tensor) -> Tensor:
         """Raw actions (B, H, d) -> (B, H, action_dim), zero-padded on the right."""
-        if self.order["action"] is not None:
-            action = action[..., self.order["action"].argsort()]
-        action = self.encoders["action"].forward(action)
+        action = self.encoders["action"].forward(self._sorted("action", action))
         return F.pad(action, (0, self.config.action_dim - action.shape[-1]))
 
     def unnormalize_action(self, action: Tensor) -> Tensor:
         """The network's actions (B, H, action_dim) -> raw actions (B, H, d), not clipped."""
-        return self._ordered("action", self.encoders["action"].inverse(action[..., : self.valid_action_dims]))
+        action, places = self.encoders["action"].inverse(action[..., : self.valid_action_dims]), self.order["action"]
+        return action if places is None else action[..., places]
 
-    def _ordered(self, kind: str, x: Tensor) -> Tensor:
+    def _sorted(self, kind: str, x: Tensor) -> Tensor:
+        """A task's states or actions (..., d) in the network's order."""
         places = self.order[kind]
-        return x if places is None else x[..., places]
+        return x if places is None else x[..., places if kind == "state" else places.argsort()]
 
     @property
     def valid_action_dims(self) -> int:
         """The leading action dimensions that are not padding."""
         return len(self.encoders["action"])
 
-    def unusual(self, state: Tensor) -> str | None:
-        """Names the keys whose values, of raw states (B, d), lie far outside of what the checkpoint was trained on.
+    def unusual(self, values: Tensor, kind: str = "state") -> str | None:
+        """Names the keys whose values, of raw states or actions (B, d), lie far outside of what the checkpoint was trained on.
 
-        Far: more than the width of the training data's range beside it, in the median of the states. None where none do.
+        Far: more than the width of the training data's range beside it, in the median of the rows. None where none do.
         """
-        x, found, at = self._ordered("state", state).float().median(0).values.cpu(), [], 0
-        for key, size in self.embodiment.sizes["state"].items():
-            stat = self.embodiment.statistics("state")[key]
-            low, high = (torch.tensor(stat[name]).float().flatten() for name in ("min", "max"))
-            value, width = x[at : at + size], (high - low).clamp(min=1e-3)
+        x, found, at = self._sorted(kind, values).float().median(0).values.cpu(), [], 0
+        every_low, every_high = self._limits(kind)
+        for key, size in self.embodiment.sizes[kind].items():
+            value, low, high = (numbers[at : at + size] for numbers in (x, every_low, every_high))
+            width = (high - low).clamp(min=1e-3)
             if ((value < low - width) | (value > high + width)).any():
                 shown = [[round(v, 3) for v in t.tolist()] for t in (value, low, high)]
                 found.append(f"{key} is {shown[0]}, trained on {shown[1]} to {shown[2]}")
             at += size
         return "; ".join(found) or None
+
+    def outside(self, values: Tensor, kind: str = "state") -> float:
+        """Share of the numbers in raw states or actions (B, d) that are beyond all of the checkpoint's training data."""
+        x, (low, high) = self._sorted(kind, values).float().cpu(), self._limits(kind)
+        return ((x < low) | (x > high)).float().mean().item()
+
+    def _limits(self, kind: str) -> tuple[Tensor, Tensor]:
+        """Smallest and largest number (d,) of each column in the training data, in the network's order."""
+        of = [self.embodiment.statistics(kind)[key] for key in self.embodiment.sizes[kind]]
+        low, high = (torch.cat([torch.tensor(stat[name]).float().flatten() for stat in of]) for name in ("min", "max"))
+        return low, high
 
 
 def _unless_same(places: list[int]) -> Tensor | None:

@@ -95,6 +95,7 @@ REFUSALS = {
         ("--kl-coef -1", "0 or more"),
         ("--seed -1", "0 or more"),
         ("--resume runs/none", "name a folder like runs/<name>"),
+        ("--check --evaluate", "leave out --evaluate and --resume"),
         ("--checkpoint ./nowhere", "nowhere: no such folder"),
     ],
     "grpo_gr00t_lora.py": [
@@ -116,6 +117,7 @@ REFUSALS = {
     "sft_gr00t.py": [
         ("--demos 0", "greater than 0"),
         ("--evaluate", "--checkpoint"),
+        ("--check --evaluate --checkpoint x", "leave out --evaluate"),
         ("--task Isaac-Humanoid", "has no scripted expert"),
         ("--checkpoint ./nowhere", "nowhere: no such folder"),
     ],
