@@ -79,7 +79,9 @@ def test_both_files_act_like_the_network(kind, tmp_path):
     told = json.loads((folder / "deployment.json").read_text())
     assert told["control_period"] == pytest.approx(2 / 120) and told["observation"]["size"] == size
     assert told["action"]["scale"] == 100.0 and told["action"]["size"] == 2
-    assert told["inputs"] == [x.name for x in session.get_inputs()] and told["outputs"] == [x.name for x in session.get_outputs()]
+    assert told["inputs"] == [x.name for x in session.get_inputs()] and told["outputs"] == [
+        x.name for x in session.get_outputs()
+    ]
     low, high = ([-LIMIT] * 2, [2 * LIMIT] * 2) if "clip" in kind else (None, None)
     assert (told["action"]["low"], told["action"]["high"]) == (pytest.approx(low), pytest.approx(high))
 
