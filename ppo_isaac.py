@@ -739,7 +739,7 @@ class Deployed(nn.Module):
             layers[i] = nn.ELU() if isinstance(layer, Elu) else layer  # neither format has functions of one's own
 
     def forward(self, obs: Tensor, state: Tensor | None = None):
-        """Actions (N, C) for observations (N, d); with an LSTM also its next state (2, N, H), which is zero before an episode."""
+        """Actions (N, C) for observations (N, d); with an LSTM also its next state (2, N, H), zero before an episode."""
         x = self.norm(obs)
         if state is not None:
             state = torch.stack(self.actor.lstm(x, (state[0], state[1])))

@@ -56,7 +56,7 @@ def test_both_files_act_like_the_network(kind, tmp_path):
     for n in (1, 6):
         state = torch.zeros(2, n, args.lstm_size) if args.recurrent else None
         inputs = [state] * 2  # of each file
-        for step in range(4):
+        for _ in range(4):
             obs = 3 + 5 * torch.randn(n, size)
             action, _, state = policy.act(obs, None, state, torch.zeros(n, dtype=torch.bool))
             if box and space.bounded_below.all():
