@@ -3,6 +3,7 @@
     python ppo_isaac.py                                              # laptop: Isaac-Cartpole-Direct, no GPU needed
     python ppo_isaac.py --task Isaac-Humanoid-Direct --num-envs 4096
     python ppo_isaac.py --evaluate --checkpoint runs/<name>/checkpoints/best
+    python ppo_isaac.py --export --checkpoint runs/<name>/checkpoints/best      # ONNX and TorchScript, no simulator
     torchrun --nproc_per_node=8 ppo_isaac.py --task Isaac-Humanoid-Direct --num-envs 32768
 
 PPO is Schulman et al. 2017 (arXiv 1707.06347); "The 37 Implementation Details of PPO" (Huang et al., ICLR blog track
@@ -24,11 +25,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import dataclasses
 import functools
 import itertools
 import json
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +58,7 @@ class Args:
     num_envs: int = 512  # parallel environments over all ranks; a GPU takes 4096
     iterations: int = 1000  # rollout-and-update iterations
     evaluate: bool = False  # evaluate --checkpoint, and nothing else
+    export: bool = False  # write --checkpoint to its folder exported/ as ONNX and TorchScript; trains nothing
     eval_every: int = 0  # iterations between evaluations of the deterministic policy; 0: only at the end
     eval_episodes: int = 256  # episodes of an evaluation (at most one per environment); 0: none
     eval_seed: int = 7_000_000  # seed of the evaluation's episodes, the same for every evaluation
@@ -160,8 +165,9 @@ def check(args: Args) -> None:
             raise SystemExit(f"--{name} {value}: must be from 0 to 1")
     if min(args.hidden, default=0) < 1:
         raise SystemExit(f"--hidden {' '.join(map(str, args.hidden))}: needs at least one size, each of 1 or more")
-    if args.evaluate and not args.checkpoint:
-        raise SystemExit("--evaluate: needs --checkpoint, a folder like runs/<name>/checkpoints/best")
+    for name in ("evaluate", "export"):
+        if getattr(args, name) and not args.checkpoint:
+            raise SystemExit(f"--{name}: needs --checkpoint, a folder like runs/<name>/checkpoints/best")
     if args.num_envs % (world := int(os.environ.get("WORLD_SIZE", 1))):
         raise SystemExit(f"--num-envs {args.num_envs}: must be a multiple of the {world} ranks")
     units = args.num_envs * (1 if args.recurrent else args.num_steps)
@@ -178,9 +184,12 @@ from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from common import Metrics, Ranks, Run, StageTimer, gae, merge_moments, normalize_advantages, pick_device, seeded_generator
+from common import (
+    Metrics, Ranks, Run, StageTimer, gae, merge_moments, normalize_advantages, pick_device, replace_folder,
+    seeded_generator, write_json,
+)  # fmt: skip
 from tasks.stock import (
-    Spaces, VecEnv, add_camera, known_task, seeded_generators, start_simulator, task_config, task_metrics, to_cpu,
+    Spaces, VecEnv, add_camera, deployment, known_task, seeded_generators, start_simulator, task_config, task_metrics, to_cpu,
 )  # fmt: skip
 
 
@@ -394,6 +403,14 @@ class RunningNorm(nn.Module):
         self.moments = merge_moments(self.moments, rows, ranks)
         self.shift.copy_(self.moments[1])
         self.scale.copy_(1 / ((self.moments[2] / self.moments[0]).sqrt() + 0.01))
+
+
+def load_checkpoint(policy: ActorCritic, folder: str) -> None:
+    try:
+        policy.load(folder)
+    except Exception as error:  # safetensors and torch have many kinds
+        why = " ".join(str(error).split())
+        raise SystemExit(f"--checkpoint {folder}: does not fit ({why})") from error
 
 
 def flat_parameter(module: nn.Module) -> nn.Parameter:
@@ -705,13 +722,77 @@ def evaluate(args: Args, env: VecEnv, policy: ActorCritic, ranks: Ranks, film: R
     return {"mean": mean, "std": max(square - mean**2, 0) ** 0.5, "length": length, "episodes": count * ranks.world}
 
 
+# ======== export ======================================================================================================
+class Deployed(nn.Module):
+    """A trained policy by itself, in fp32 and without noise: raw observations to the actions that `env.step` executes."""
+
+    def __init__(self, policy: ActorCritic, bounds: tuple[Tensor, Tensor] | None):
+        super().__init__()
+        self.norm, self.actor = copy.deepcopy(policy.obs_norm), copy.deepcopy(policy.actor)
+        self.choose = lambda out: policy.sample(policy.distribution(out), None)
+        for name, bound in zip(("low", "high"), bounds or (None, None)):
+            self.register_buffer(name, bound)
+        if isinstance(self.norm, RunningNorm):
+            del self.norm.moments
+        layers = self.actor.layers
+        for i, layer in enumerate(layers):
+            layers[i] = nn.ELU() if isinstance(layer, Elu) else layer  # neither format has functions of one's own
+
+    def forward(self, obs: Tensor, state: Tensor | None = None):
+        """Actions (N, C) for observations (N, d); with an LSTM also its next state (2, N, H), zero before an episode."""
+        x = self.norm(obs)
+        if state is not None:
+            state = torch.stack(self.actor.lstm(x, (state[0], state[1])))
+            x = state[0]
+        action = self.choose(self.actor.layers(x))
+        action = action if self.low is None else action.clamp(self.low, self.high)
+        return action if state is None else (action, state)
+
+
+def export(args: Args, cfg: Any) -> Path:
+    """Writes --checkpoint to its folder exported/: policy.onnx, policy.pt (TorchScript) and deployment.json.
+
+    Args:
+        cfg: Isaac Lab's configuration of the task; the simulator need not run.
+    """
+    about = json.loads((Path(args.checkpoint) / "policy.json").read_text())
+    policy = ActorCritic(Spaces(**about.pop("spaces")), dataclasses.replace(args, compile=False))
+    load_checkpoint(policy, args.checkpoint)
+    spaces, dynamic = policy.spaces, torch.export.Dim.DYNAMIC
+    told, bounds = deployment(cfg, spaces, args.obs_groups, args.hide_obs, args.clip_actions)
+    model = Deployed(policy, bounds).eval().requires_grad_(False)
+    inputs, batch = {"obs": torch.zeros(2, *spaces.obs)}, {"obs": {0: dynamic}}  # two rows: a size of 1 would be taken as fixed
+    outputs = ["action"]
+    if args.recurrent:
+        inputs["state"], batch["state"], outputs = torch.zeros(2, 2, args.lstm_size), {1: dynamic}, ["action", "next_state"]
+        told |= {"state": {"shape": [2, "batch", args.lstm_size], "before an episode": 0}}
+
+    def write(folder: Path) -> None:
+        warnings.simplefilter("ignore")  # torch's, of itself
+        torch.jit.trace(model, example_kwarg_inputs=inputs).save(folder / "policy.pt")
+        torch.onnx.export(
+            model, (), folder / "policy.onnx", kwargs=inputs, input_names=list(inputs), output_names=outputs,
+            dynamic_shapes=batch, dynamo=True, external_data=False, verbose=False,
+        )  # fmt: skip
+        write_json(folder / "deployment.json", {"task": args.task, **told, "inputs": list(inputs), "outputs": outputs})
+
+    folder = Path(args.checkpoint) / "exported"
+    replace_folder(folder, write)
+    return folder
+
+
 # ======== main ========================================================================================================
 def main(args: Args) -> None:
     args.device, asked, args.task = pick_device(args.device), args.task, known_task(args.task)
     if args.device == "cpu" and max(args.hidden) <= 64 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # several wait for each other: slower beside other work, no faster alone
     ranks, groups = Ranks.start(args.device), {"--obs-groups": args.obs_groups}
-    cfg = task_config(args.task, args.device, args.num_envs // ranks.world, args.physics, args.overrides, groups)
+    asks = {"groups": groups, "assets": args.evaluate or not args.export}
+    cfg = task_config(args.task, args.device, args.num_envs // ranks.world, args.physics, args.overrides, **asks)
+    if args.export and ranks.rank == 0:
+        print(f"exported: {export(args, cfg)}", flush=True)
+    if args.export and not args.evaluate:
+        return
     with Run(vars(args), __file__, ranks, args.exp_name, args.iterations, args.device, args.resume) as run:
         run.event(f"{run.dir}: {args.task} on {args.device}, {args.num_envs} envs, {args.num_steps} steps a rollout")
         if asked != args.task:
@@ -723,11 +804,7 @@ def main(args: Args) -> None:
             torch.manual_seed(args.seed)  # of the weights
             policy = ActorCritic(env.spaces, args).to(args.device)
             if args.checkpoint and not args.resume:
-                try:
-                    policy.load(args.checkpoint)
-                except Exception as error:  # safetensors and torch have many kinds
-                    why = " ".join(str(error).split())
-                    raise SystemExit(f"--checkpoint {args.checkpoint}: does not fit ({why})") from error
+                load_checkpoint(policy, args.checkpoint)
             run.restore(policy.load)
             if args.evaluate:
                 result = evaluate(args, env, policy, ranks, run if args.capture_video else None)

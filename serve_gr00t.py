@@ -27,7 +27,9 @@ import hmac
 import io
 import json
 import sys
+import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +57,7 @@ class Args:
     seed: int = 1  # of the noise that actions start from; one generator for all requests
     device: str = "auto"  # cpu, cuda, cuda:N, or auto
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: backbone and encoder, not the steps
+    compile: bool = False  # torch.compile the transformer blocks; the first requests of a size take long
     micro_batch_size: int = 64  # observations per forward pass; larger batches take several
     host: str = "127.0.0.1"  # address to listen at; 0.0.0.0: every interface
     port: int = 5555  # TCP port; 0: a free one, printed at the start
@@ -93,6 +96,7 @@ from torch import Tensor
 
 from common import Noise, Ranks, pick_device
 from gr00t_n1d5.network import Gr00tN1d5
+from gr00t_n1d5.policy import compile_blocks
 from gr00t_n1d5.processor import DEFAULT_INSTRUCTION, Gr00tProcessor
 
 MAX_MESSAGE_BYTES = 1 << 30  # a larger message ends its sender's connection before it fills the memory
@@ -110,6 +114,28 @@ class Request(NamedTuple):
     state: Tensor  # (B, d) fp32 in the robot's units
     prompts: list[Tensor]  # token ids (L,) each
     batched: bool
+
+
+class Latency:
+    """How long get_action took, from the request's arrival to the reply; the latest 10,000 count."""
+
+    def __init__(self, every: float = 10.0):
+        """
+        Args:
+            every: seconds between printed lines, while there are requests.
+        """
+        self.seconds, self.every, self.told = deque(maxlen=10_000), every, time.perf_counter()
+
+    def add(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+        if time.perf_counter() - self.told > self.every:
+            self.tell()
+
+    def tell(self) -> None:
+        self.told = time.perf_counter()
+        if self.seconds:
+            median, high = np.quantile(self.seconds, (0.5, 0.95)) * 1e3
+            print(f"latency {median:.1f} ms (median), {high:.1f} ms (95%) of {len(self.seconds)} requests", flush=True)
 
 
 class ServedPolicy:
@@ -130,7 +156,9 @@ class ServedPolicy:
         self.net.backbone.to(args.device, None if self.bf16 else torch.float32)
         self.net.action_head.to(args.device, torch.float32)  # as in training
         self.processor.to(args.device)
-        self.noise = Noise(args.device, Ranks(0, 1), args.seed)
+        self.noise, self.latency = Noise(args.device, Ranks(0, 1), args.seed), Latency()
+        if args.compile:
+            compile_blocks(self.net)
 
     def __str__(self) -> str:
         return f"{self.args.checkpoint} ({self.processor.embodiment.tag}) on {self.args.device}"
@@ -267,6 +295,7 @@ def is_torch_save(parts: list[bytes]) -> bool:
 
 def answer(read: Callable[[], Any], policy: ServedPolicy, api_token: str | None) -> tuple[dict, bool]:
     """The reply to the request that `read` returns, and whether the server goes on. This raises nothing."""
+    start = time.perf_counter()
     try:
         request = read()
         if not isinstance(request, dict):
@@ -277,7 +306,9 @@ def answer(read: Callable[[], Any], policy: ServedPolicy, api_token: str | None)
                 raise RequestError("Unauthorized: Invalid API token")
         match request.get("endpoint", "get_action"):
             case "get_action":
-                return policy.get_action(request.get("data")), True
+                reply = policy.get_action(request.get("data"))  # on the host: the device has finished
+                policy.latency.add(time.perf_counter() - start)
+                return reply, True
             case "get_modality_config":
                 return policy.modality_config(), True
             case "ping":
@@ -384,10 +415,13 @@ def serve_zmq(args: Args) -> None:
         address = bind(args, socket)
         policy, on = ServedPolicy(args), True
         print(f"serving {policy} at {address}", flush=True)
-        while on:
-            parts = socket.recv_multipart()
-            reply, on = answer(partial(unpack_message, parts), policy, args.api_token)
-            socket.send(torch_saved(reply) if is_torch_save(parts) else msgpack.packb(reply, default=pack_array))
+        try:
+            while on:
+                parts = socket.recv_multipart()
+                reply, on = answer(partial(unpack_message, parts), policy, args.api_token)
+                socket.send(torch_saved(reply) if is_torch_save(parts) else msgpack.packb(reply, default=pack_array))
+        finally:
+            policy.latency.tell()
 
 
 def serve_http(args: Args) -> None:
@@ -399,7 +433,10 @@ def serve_http(args: Args) -> None:
     with server:
         server.policy, server.api_token = ServedPolicy(args), args.api_token
         print(f"serving {server.policy} at http://{args.host}:{server.server_port}/act", flush=True)
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        finally:
+            server.policy.latency.tell()
 
 
 # ======== main ========================================================================================================

@@ -109,12 +109,8 @@ class Gr00tPolicy(nn.Module):
         if checkpointing:
             for block in self.blocks():
                 recompute(block)
-        if compiled:  # each kind of block for features, sampling, update and base model, with tails of batches: more than 8
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        kinds = ("SiglipEncoderLayer", "Qwen3DecoderLayer", "DiTBlock", "SelfAttentionBlock")
-        for block in self.modules() if compiled else ():
-            if type(block).__name__ in kinds:
-                block.compile()
+        if compiled:
+            compile_blocks(self)
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.net.parameters() if p.requires_grad]
@@ -181,6 +177,15 @@ class Gr00tPolicy(nn.Module):
 # ------------------------------------------------------------------------------------------------------------------
 # samples that wait for the update
 # ------------------------------------------------------------------------------------------------------------------
+def compile_blocks(module: nn.Module) -> None:
+    """torch.compile of all transformer blocks, of which equal ones share one compilation."""
+    # each kind of block for features, sampling, update and base model, with tails of batches: more than 8
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in module.modules():
+        if type(block).__name__ in ("SiglipEncoderLayer", "Qwen3DecoderLayer", "DiTBlock", "SelfAttentionBlock"):
+            block.compile()
+
+
 def sample_buffer(chunk: TensorDict, length: int) -> TensorDict:
     """Empty samples (T, N) for `length` chunks like this one (N,)."""
     return TensorDict({name: x.new_empty(length, *x.shape) for name, x in chunk.items()}, (length, *chunk.batch_size))

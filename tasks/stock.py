@@ -112,7 +112,7 @@ def step_in_c(cfg: Any, required: bool) -> None:
 
 def task_config(
     task: str, device: str, num_envs: int, physics: str | None, overrides: tuple[str, ...],
-    groups: dict[str, tuple[str, ...] | None], images: bool = False,
+    groups: dict[str, tuple[str, ...] | None], images: bool = False, assets: bool = True,
 ) -> Any:  # fmt: skip
     """Isaac Lab's configuration of a task; refuses what cannot be trained here, before the simulator starts.
 
@@ -124,6 +124,7 @@ def task_config(
         overrides: Isaac Lab's key=value overrides.
         groups: observation groups that it must have, at least one, by the flag that names them; None: not asked for.
         images: whether the policy is to observe images, rather than numbers.
+        assets: whether the simulator is to start, so that the assets have to be there.
     """
     from isaaclab.envs.utils.spaces import spec_to_gym_space
     from isaaclab.managers import RewardTermCfg
@@ -181,7 +182,7 @@ def task_config(
             terms = () if direct else vars(getattr(cfg.observations, name)).values()
             if any(getattr(getattr(term, "func", None), "__name__", "").startswith("image") for term in terms):
                 raise SystemExit(f"{flag} {name}: {task} has images there; choose a group of numbers, or another task")
-    for file in sorted(set(re.findall(r"'([^']+\.usd[acz]?)'", repr(cfg)))):
+    for file in sorted(set(re.findall(r"'([^']+\.usd[acz]?)'", repr(cfg)))) if assets else ():
         if "/UIElements/" not in file and not check_file_path(file):  # those are markers, drawn on demand
             raise SystemExit(
                 f"{refused} cannot reach {file}; connect to the network, or set ISAACSIM_ASSET_ROOT to a copy of "
@@ -220,6 +221,48 @@ class Spaces(NamedTuple):
         return self.continuous or sum(self.choices)
 
 
+def action_bounds(space: gym.Space, clip_actions: float | None, device: str = "cpu") -> tuple[Tensor, Tensor] | None:
+    """Lowest and highest action (C,) of a Box, within a symmetric bound; None where there is no limit."""
+    if not isinstance(space, gym.spaces.Box):
+        return None
+    limit = clip_actions or math.inf
+    low, high = (torch.as_tensor(np.ravel(b), device=device).clamp(-limit, limit) for b in (space.low, space.high))
+    return (low, high) if torch.isfinite(torch.cat([low, high])).any() else None
+
+
+def deployment(
+    cfg: Any, spaces: Spaces, obs_groups: Sequence[str], hide_obs: Sequence[int], clip_actions: float | None
+) -> tuple[dict[str, Any], tuple[Tensor, Tensor] | None]:
+    """What runs a policy outside of Isaac Lab has to know, and the bounds on its actions. The simulator need not run.
+
+    Args:
+        cfg: Isaac Lab's configuration of the task.
+        obs_groups, hide_obs, clip_actions: as for `VecEnv`.
+
+    Returns:
+        control period [s]; observation: size, hidden columns of the joined groups and, of a task with managers, each
+        group's terms in order; action: size, number of values per component (discrete), bounds that the policy keeps, and
+        what the task makes of it after that.
+    """
+    from isaaclab.envs.utils.spaces import spec_to_gym_space
+    from isaaclab.managers import ActionTermCfg, ObservationTermCfg
+
+    def terms(group: Any, kind: type) -> list[dict]:
+        return [{"name": name, **term.to_dict()} for name, term in vars(group).items() if isinstance(term, kind)]
+
+    direct, size = hasattr(cfg, "action_space"), spaces.continuous or len(spaces.choices)
+    space = spec_to_gym_space(cfg.action_space) if direct else gym.spaces.Box(-math.inf, math.inf, (size,))
+    bounds = action_bounds(space, clip_actions)
+    observation, action = {"size": math.prod(spaces.obs), "hidden": hide_obs}, {"size": size, "choices": spaces.choices}
+    action |= {"low": bounds and bounds[0], "high": bounds and bounds[1]}
+    if direct:
+        action["scale"] = getattr(cfg, "action_scale", None)  # by the task itself, as is the order of observations
+    else:
+        action["terms"] = terms(cfg.actions, ActionTermCfg)
+        observation["terms"] = {name: terms(getattr(cfg.observations, name), ObservationTermCfg) for name in obs_groups}
+    return {"control_period": cfg.sim.dt * cfg.decimation, "observation": observation, "action": action}, bounds
+
+
 class VecEnv:
     """An Isaac Lab task as plain tensors. Isaac Lab resets inside `step`; its two kinds of tasks are alike here.
 
@@ -249,11 +292,7 @@ class VecEnv:
         self.running = torch.zeros(2, self.num_envs, device=self.device)
         space = self.base.single_action_space
         choices = [int(space.n)] if isinstance(space, gym.spaces.Discrete) else [int(n) for n in getattr(space, "nvec", ())]
-        self.bounds = None
-        if not choices:
-            limit = clip_actions or math.inf
-            low, high = (torch.as_tensor(np.ravel(b), device=self.device).clamp(-limit, limit) for b in (space.low, space.high))
-            self.bounds = (low, high) if torch.isfinite(torch.cat([low, high])).any() else None
+        self.bounds = action_bounds(space, clip_actions, self.device)
         self.idle = torch.zeros(self.num_envs, len(choices) or math.prod(space.shape), device=self.device)
         self.idle = self.idle.long() if choices else self.idle
         self.prepare(task, cfg)

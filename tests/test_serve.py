@@ -8,12 +8,15 @@ import http.client
 import io
 import json
 import pickle
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgpack
@@ -106,6 +109,11 @@ def server(tmp_path_factory):
         yield types.SimpleNamespace(client=client, replies=replies)
         client("kill")
         assert process.wait(20) == 0 and "Traceback" not in log.read_text()
+        *_, last = process.stdout.read().splitlines()
+        median, high, count = map(
+            float, re.fullmatch(r"latency (.+) ms .median., (.+) ms .95%. of (\d+) requests", last).groups()
+        )
+        assert 0.5 < median <= high < 20_000 and count >= len(replies)
     finally:
         process.kill()
         process.wait()
@@ -159,6 +167,53 @@ def test_what_else_is_accepted(server):
     data["state.finger_positions"] = np.zeros((1, 2), np.int64)
     data["annotation.human.task_description"] = TEXTS[0]
     assert joined(server.client("get_action", data), "gripper_delta", "gripper_open").shape == (8, 4)
+
+
+def execute(client: Client, steps: int, period: float, threshold: float) -> tuple[int, list[int]]:
+    """Acts every `period` seconds; with less than a share of the last chunk left, the next one is asked for meanwhile.
+
+    As lerobot's asynchronous inference does it. A chunk's actions belong to the steps after its observation: those whose step
+    is over when it arrives are left out.
+
+    Returns:
+        Steps after the first chunk's arrival without an action, and the observations' steps.
+    """
+    planned, asked, idle, future, start = {}, [], 0, None, time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        for t in range(steps):
+            if future and future.done():
+                chunk = joined(future.result(), "gripper_delta", "gripper_open")
+                planned |= {asked[-1] + i: action for i, action in enumerate(chunk)}
+                future = None
+            if not future and sum(step >= t for step in planned) <= threshold * 8:
+                future = pool.submit(client, "get_action", first(observations(1, t)))
+                asked.append(t)
+            idle += bool(planned) and t not in planned
+            time.sleep(max(0, start + (t + 1) * period - time.perf_counter()))
+    return idle, asked
+
+
+def test_chunks_are_had_in_time_by_clients_of_several_rates(server):
+    """One asks ahead and never waits, one asks when all is done and does; a third floods the server, a fourth is gone."""
+    address, done = server.client.socket.getsockopt_string(zmq.LAST_ENDPOINT), threading.Event()
+    clients, shapes = [Client(address) for _ in range(4)], set()
+    clients[3].socket.send(msgpack.packb({"data": first(observations(1))}, default=npy))
+    clients[3].socket.close()
+
+    def flood() -> None:
+        while not done.is_set():
+            shapes.add(joined(clients[2]("get_action", observations(3)), "gripper_delta", "gripper_open").shape)
+
+    with ThreadPoolExecutor(3) as pool:
+        flooding = pool.submit(flood)
+        ahead, late = (pool.submit(execute, client, 30, 0.1, share) for client, share in zip(clients, (0.5, 0.0)))
+        try:
+            (idle, asked), (waits, asked_late) = ahead.result(60), late.result(60)
+        finally:
+            done.set()
+        flooding.result(60)
+    assert idle == 0 and len(asked) >= 6 and shapes == {(3, 8, 4)}
+    assert waits >= len(asked_late) - 2 > 0
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +270,16 @@ def test_a_batch_equals_its_rows(robot, flags, tmp_path):
     found = joined(make(robot, **flags).get_action(packed(data)), "arm", "gripper")
     np.testing.assert_allclose(found, np.stack(expected), rtol=0, atol=1e-5)
     assert np.std(expected, axis=0).mean() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_act_the_same():
+    policies, data = (make(TINY, compile=True), make(TINY)), packed(observations(2))
+    found, expected = (joined(policy.get_action(data), "gripper_delta", "gripper_open") for policy in policies)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    compiled, plain = (policy.net.action_head.model.transformer_blocks[0]._compiled_call_impl for policy in policies)
+    assert compiled and not plain
 
 
 def test_bfloat16_backbone():
