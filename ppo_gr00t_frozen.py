@@ -55,7 +55,7 @@ PARENT = "grpo_gr00t.py"
 DIFFERS = {
     "Args", "check", "ChunkEnv.__init__", "ChunkEnv.reset", "ChunkEnv.step_chunk", "ChunkEnv.ended", "ChunkEnv.observe",
     "make_env", "Gr00tActor.__init__", "Gr00tActor.act", "Gr00tActor.critic_input", "Gr00tActor.save", "Gr00tActor.load",
-    "rollout", "advantages", "plan_minibatches", "update", "learning_rate", "make_bank", "train", "record",
+    "rollout", "advantages", "plan_minibatches", "update", "learning_rate", "make_bank", "train", "record", "main",
 }  # fmt: skip
 
 
