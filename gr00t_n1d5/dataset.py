@@ -72,7 +72,8 @@ def _reading(file: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file}: no such file; fetch or record the data set again") from error
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # pyarrow's and PyAV's are kinds of these
-        raise ValueError(f"{file}: cannot be read ({error!r}); fetch or record the data set again") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file}: cannot be read ({reason}); fetch or record the data set again") from error
 
 
 def fetch_folder(name: str, whole: bool) -> Path:

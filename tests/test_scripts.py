@@ -95,6 +95,7 @@ REFUSALS = {
         ("--kl-coef -1", "0 or more"),
         ("--seed -1", "0 or more"),
         ("--resume runs/none", "name a folder like runs/<name>"),
+        ("--record data", "add --evaluate"),
         ("--checkpoint ./nowhere", "nowhere: no such folder"),
     ],
     "grpo_gr00t_lora.py": [
@@ -117,6 +118,7 @@ REFUSALS = {
         ("--demos 0", "greater than 0"),
         ("--evaluate", "--checkpoint"),
         ("--task Isaac-Humanoid", "has no scripted expert"),
+        ("--dataset ./nowhere", "nowhere: no such folder"),
         ("--checkpoint ./nowhere", "nowhere: no such folder"),
     ],
     "ppo_isaac.py": [
