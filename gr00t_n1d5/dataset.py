@@ -13,8 +13,6 @@ import itertools
 import json
 import math
 import os
-import resource
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -325,6 +323,8 @@ def _matrix(column: Any) -> np.ndarray:
 
 def _image_buffer(shape: tuple[int, ...], spare: Path) -> Tensor:
     """Room for images, in memory or in a file that goes with the process."""
+    import tempfile
+
     import psutil
     import torch
 
@@ -385,6 +385,8 @@ class LeRobotWriter:
 
     def __init__(self, folder: str | Path, modalities: Mapping[str, Any], fps: float):
         """modalities: as in `LeRobotData`; fps: control steps per second, rounded."""
+        import resource
+
         self.target, self.modalities, self.fps = Path(folder), modalities, round(fps)
         self.folder = self.target.with_name(f".{self.target.name}.partial")
         self.cameras = [f"observation.images.{key}" for key in modalities["video"]]

@@ -266,12 +266,13 @@ def test_data_far_from_the_checkpoint_are_named(tmp_path):
     rng = np.random.default_rng(0)
     steps = {kind: rng.uniform(low[kind], high[kind], (200, len(low[kind]))) for kind in ("state", "action")}
 
-    def told(**scaled: float) -> str | None:
+    def told(offset: float = 0.0, **scaled: float) -> str | None:
         data = SimpleNamespace(modalities=TASK.modalities)
-        data.numbers = lambda kind: steps[kind] * ([scaled.get(kind, 1.0)] * 3 + [1.0] * (steps[kind].shape[1] - 3))
+        data.numbers = lambda kind: offset + steps[kind] * ([scaled.get(kind, 1.0)] * 3 + [1.0] * (steps[kind].shape[1] - 3))
         return far_off(embodiment, data)
 
     assert told() is None
+    assert told(5.0).count(" is [") == told(-5.0).count(" is [") == 4
     for kind, key in (("state", "gripper_position"), ("action", "gripper_delta")):
         for scale in (100.0, 0.005):  # centimetres, or what once were
             assert told(**{kind: scale}).startswith(f"{kind}.{key} is [") and ";" not in told(**{kind: scale})
