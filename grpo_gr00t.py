@@ -2,7 +2,7 @@
 
     python grpo_gr00t.py                                             # laptop: the shipped tiny GR00T, no GPU needed
     python grpo_gr00t.py --checkpoint <folder or hub id> --num-envs 4096 --group-size 16
-    python grpo_gr00t.py --evaluate --checkpoint runs/<name>/checkpoints/best
+    python grpo_gr00t.py --evaluate --checkpoint runs/<name>/checkpoints/best          # --record <folder>: a LeRobot data set
     torchrun --nproc_per_node=8 grpo_gr00t.py --checkpoint <folder>
 
 How this differs from GRPO for language models (DeepSeekMath, arXiv 2402.03300):
@@ -34,6 +34,7 @@ import tyro
 
 from common import Metrics, Noise, Ranks, Run, StageTimer, StartBank, group_advantages, success_rates
 from common import check_not_negative, check_positive, pick_device, run_name, saved_args
+from gr00t_n1d5.dataset import LeRobotWriter, check_record
 from gr00t_n1d5.embodiment import check_checkpoint
 from gr00t_n1d5.files import is_full_size
 from tasks.gr00t import (
@@ -73,6 +74,7 @@ class Args:
     iterations: int = 240  # rollout-and-update iterations
     evaluate: bool = False  # evaluate --checkpoint, and nothing else
     check: bool = False  # look before a long run: is the task sound, does the policy see it, what will it take; no training
+    record: str | None = None  # folder that the episodes of --evaluate go to, of any script's checkpoint, as a LeRobot data set
     eval_every: int = 50  # iterations between evaluations by the ODE; 0: only before and after
     eval_episodes: int = 256  # episodes of an evaluation (rounded up to whole batches of environments); 0: none, no film
     eval_seed: int = 7_000_000  # of an evaluation's episode starts, the same for every evaluation
@@ -136,6 +138,10 @@ def check(args: Args) -> Args:
         seed=args.seed, eval_seed=args.eval_seed, eval_every=args.eval_every, eval_episodes=args.eval_episodes,
         lr_warmup=args.lr_warmup, lr_hold=args.lr_hold, kl_coef=args.kl_coef, bank_share=args.bank_share,
     )  # fmt: skip
+    if args.record and not (args.evaluate and args.eval_episodes):
+        raise SystemExit(f"--record {args.record}: writes the episodes of an evaluation; add --evaluate, and --eval-episodes")
+    if args.record:
+        check_record(args.record)
     if args.bank_share > 1:
         raise SystemExit(f"--bank-share {args.bank_share}: must be from 0 to 1")
     if args.midway and (args.curriculum == "uniform" or not args.bank_share):
@@ -222,6 +228,28 @@ class ChunkEnv:
         state, prompt = self.env.obs_buf["policy"].clone(), self.prompts.index()
         obs = {"images": self.task.images(self.env), "state": state, "prompt": prompt}
         return self.varied.spoil(TensorDict(obs, self.num_envs))
+
+
+class RecordedEnv:
+    """A ChunkEnv whose episodes are written up to their ends, every step of them rendered."""
+
+    def __init__(self, args: Args, env: ChunkEnv, writer: LeRobotWriter):
+        self.env, self.writer, self.texts = env, writer, env.task.texts(args.instruction)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.env, name)
+
+    def reset(self, seed: int) -> TensorDict:
+        self.obs = self.env.reset(seed)
+        self.writer.begin(seed, [self.texts[i] for i in self.obs["prompt"].tolist()])
+        return self.obs
+
+    def step_chunk(self, actions: Tensor, last: bool = False) -> TensorDict:
+        for action in actions.unbind(1):
+            running, obs = ~self.env.ended, self.obs
+            self.obs = self.env.step_chunk(action[:, None])
+            self.writer.step(obs["images"], obs["state"], action, running, self.env.success)
+        return self.obs
 
 
 @contextlib.contextmanager
@@ -527,12 +555,8 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
 
 def check_run(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks, plan: str) -> None:
     """A look before a long run: a line per check, exit status 1 where one fails. Nothing is learned: the rate is 0."""
-    seed, timer, log, texts = (
-        episode_seed(args.seed, 0, ranks),
-        StageTimer(args.device),
-        Metrics(args.device, ranks),
-        policy.texts,
-    )
+    seed, texts = episode_seed(args.seed, 0, ranks), policy.texts
+    timer, log = StageTimer(args.device), Metrics(args.device, ranks)
 
     def act(obs: TensorDict, draw: int, explore: bool = False) -> Tensor:
         return policy.act(obs, Noise(args.device, ranks, args.seed, draw), explore)["action"]
@@ -615,6 +639,9 @@ def main(args: Args) -> None:
                 run.event(f"warning: states are far from what the checkpoint was trained on: {keys}")
             if args.check:
                 check_run(args, env, policy, run, ranks, plan)
+            elif args.record:
+                with LeRobotWriter(args.record, env.task.modalities, 1 / env.env.step_dt) as writer:
+                    run.result(ode_success=evaluate(args, RecordedEnv(args, env, writer), policy, ranks))
             elif args.evaluate:
                 run.result(ode_success=evaluate(args, env, policy, ranks))
             else:

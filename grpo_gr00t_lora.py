@@ -685,12 +685,8 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
 
 def check_run(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks, plan: str) -> None:
     """A look before a long run: a line per check, exit status 1 where one fails. Nothing is learned: the rate is 0."""
-    seed, timer, log, texts = (
-        episode_seed(args.seed, 0, ranks),
-        StageTimer(args.device),
-        Metrics(args.device, ranks),
-        policy.texts,
-    )
+    seed, texts = episode_seed(args.seed, 0, ranks), policy.texts
+    timer, log = StageTimer(args.device), Metrics(args.device, ranks)
 
     def act(obs: TensorDict, draw: int, explore: bool = False) -> Tensor:
         return policy.act(obs, Noise(args.device, ranks, args.seed, draw), explore)["action"]

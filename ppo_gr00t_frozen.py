@@ -57,6 +57,7 @@ DIFFERS = {
     "Args", "check", "ChunkEnv.__init__", "ChunkEnv.reset", "ChunkEnv.step_chunk", "ChunkEnv.ended", "ChunkEnv.observe",
     "make_env", "Gr00tActor.__init__", "Gr00tActor.act", "Gr00tActor.critic_input", "Gr00tActor.save", "Gr00tActor.load",
     "rollout", "advantages", "plan_minibatches", "update", "learning_rate", "make_bank", "train", "check_run", "record",
+    "main",
 }  # fmt: skip
 
 
@@ -622,12 +623,8 @@ def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks)
 
 def check_run(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks, plan: str) -> None:
     """A look before a long run: a line per check, exit status 1 where one fails. Nothing is learned: the rate is 0."""
-    seed, timer, log, texts = (
-        episode_seed(args.seed, 0, ranks),
-        StageTimer(args.device),
-        Metrics(args.device, ranks),
-        policy.texts,
-    )
+    seed, texts = episode_seed(args.seed, 0, ranks), policy.texts
+    timer, log = StageTimer(args.device), Metrics(args.device, ranks)
 
     def act(obs: TensorDict, draw: int, explore: bool = False) -> Tensor:
         return policy.act(obs, Noise(args.device, ranks, args.seed, draw), explore)["action"]

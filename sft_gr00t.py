@@ -2,23 +2,26 @@
 
     python sft_gr00t.py                                              # laptop: a tiny GR00T from scratch
     python sft_gr00t.py --checkpoint nvidia/GR00T-N1.5-3B            # a GPU of 80 GB: its head, in NVIDIA's recipe
+    python sft_gr00t.py --checkpoint <folder> --dataset <LeRobot data set> --successes   # on data, of these its successes
     python sft_gr00t.py --evaluate --checkpoint runs/<name>/checkpoints/last
     torchrun --nproc_per_node=8 sft_gr00t.py --checkpoint <folder> --fsdp --tune all --precision fp32
 
 How this differs from grpo_gr00t.py (what is not in `DIFFERS` is the same text):
 - Demonstrations in the place of rollouts (`collect`): the task's own expert acts on privileged state; so that recoveries are
   seen, half of the episodes start from a random gripper pose, or the steps before an observation go astray, as its row says.
-  Only episodes that succeed are kept, and no frame after success.
+  Only episodes that succeed are kept, and no frame after success. Or they come from a LeRobot data set (`read`), where every
+  step is a sample and the loss ends with the episode.
 - The loss is GR00T's (`imitation_loss`): |v(x_t, t) - (action - noise)|^2 at t = (0.999 - Beta(1.5, 1)) / 0.999, masked to
   real dimensions (arXiv 2503.14734, section 2.1). There is no exploration, no base model and no critic.
 - The whole network is trained, or its head alone (--tune head); from scratch, where no checkpoint is named.
-- State and action statistics of the demonstrations go into experiment_cfg/metadata.json, in NVIDIA's layout.
+- State and action statistics of the demonstrations go into experiment_cfg/metadata.json, in NVIDIA's layout; with a data set
+  only where the checkpoint has none for the task: otherwise its own stay, and with them what it has learned.
 - An exponential moving average of the weights is what is evaluated and saved.
 - With torchrun every rank has its own environments, demonstrations and share of a batch; gradients are averaged, or, with
   --fsdp, weights, gradients and AdamW's state are spread over the ranks (`shard`).
 
-A run: `collect` -> for each step `draw` -> `backward` (`imitation_loss` per micro-batch) -> AdamW -> moving average ->
-`held_out_loss` now and then.
+A run: `collect` or `read` -> for each step `draw` -> `backward` (`imitation_loss` per micro-batch) -> AdamW -> moving
+average -> `held_out_loss` now and then.
 """
 
 # ======== imports =====================================================================================================
@@ -50,11 +53,13 @@ from common import (
     run_name,
     success_rates,
 )
+from gr00t_n1d5.dataset import LeRobotData, LeRobotWriter, check_record, far_off, refuse_dataset
 from gr00t_n1d5.embodiment import check_checkpoint, check_network, free_rows, refuse_checkpoint
 from gr00t_n1d5.files import is_full_size
 from tasks.gr00t import (
     TASKS,
     Prompts,
+    Task,
     all_instructions,
     asking,
     find_task,
@@ -99,6 +104,9 @@ class Args:
     expert: str | None = None  # runs/<name> of ppo_isaac.py, whose policy demonstrates; None: the task's scripted expert
     demos: int = 5120  # expert episodes (rounded up to whole batches of environments)
     frames: int = 8  # observations kept of each, at most: the first one and some at random
+    record: str | None = None  # folder that all of these episodes go to, too, as a LeRobot data set
+    dataset: str | None = None  # a LeRobot data set in their place: a folder or a hub id; --task says which columns are meant
+    successes: bool = False  # of it, the episodes that succeeded alone
     action_horizon: int = 8  # of a new network, where no checkpoint is named
     steps: int = 1000  # optimizer steps
     batch_size: int = 128  # samples per step over all ranks
@@ -139,12 +147,25 @@ def check(args: Args) -> Args:
         raise SystemExit(f"--expert {args.expert}: is one task's; leave it out, or name one --task")
     if args.expert:
         find_teacher(args.expert, args.task)
+    if args.record:
+        check_record(args.record)
+    if args.successes and not args.dataset:
+        raise SystemExit("--successes: are those of a data set; name it with --dataset")
+    for flag, given in (("expert", args.expert), ("record", args.record), ("evaluate", args.evaluate), ("check", args.check)):
+        if args.dataset and given:
+            raise SystemExit(f"--dataset {args.dataset}: takes the place of demonstrations; leave out --{flag}")
+    if args.dataset and not isinstance(args.task, str):
+        raise SystemExit(f"--dataset {args.dataset}: is one task's; name one --task")
+    if args.dataset:
+        with refuse_dataset(args.dataset):
+            LeRobotData(args.dataset, TASKS[args.task].modalities, whole=False)
     for name in task_names(args.task):
         parse_axes(args.randomize, TASKS[name])
-        if not (TASKS[name].expert or args.expert or args.evaluate):
+        if not (TASKS[name].expert or args.expert or args.evaluate or args.dataset):
             able = ", ".join(name for name, task in TASKS.items() if task.expert)
             raise SystemExit(
-                f"--task {name}: has no scripted expert; name a run of ppo_isaac.py with --expert ({able} have one)"
+                f"--task {name}: has no scripted expert; name a run of ppo_isaac.py with --expert, or a --dataset ({able} "
+                "have one)"
             )
     if args.check and args.evaluate:
         raise SystemExit("--check: looks at a run before it begins; leave out --evaluate")
@@ -303,11 +324,11 @@ def make_env(args: Args, image_size: int, run_dir: Path, ranks: Ranks):
 class Gr00tActor(Gr00tPolicy):
     """GR00T N1.5 to train or to evaluate; acts by the ODE."""
 
-    def __init__(self, args: Args):
+    def __init__(self, args: Args, data: LeRobotData | None = None):
         task = TASKS[rank_task(args.task)]
         super().__init__(
-            args.checkpoint, args.embodiment_tag, None, task, task.texts(args.instruction), args.device,
-            args.precision, None if args.evaluate else initial(args), [TASKS[name] for name in task_names(args.task)],
+            args.checkpoint, args.embodiment_tag, None, task, known_texts(args, task, data), args.device,
+            args.precision, None if args.evaluate else initial(args, data), [TASKS[name] for name in task_names(args.task)],
         )  # fmt: skip
         self.trains_backbone = args.tune == "all"
         self.net.backbone.requires_grad_(self.trains_backbone)
@@ -336,20 +357,38 @@ class Gr00tActor(Gr00tPolicy):
         return get_model_state_dict(self.net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def initial(args: Args) -> tuple[Gr00tN1d5, Gr00tProcessor]:
-    """What training starts from; its statistics are blank until there are demonstrations."""
+def known_texts(args: Args, task: Task, data: LeRobotData | None) -> tuple[str, ...]:
+    """The task's, which evaluations number, and those that a data set has besides."""
+    return tuple(dict.fromkeys([*task.texts(args.instruction), *(data.texts if data else ())]))
+
+
+def knows_task(args: Args) -> bool:
+    """Whether the checkpoint has statistics for the task's columns, by which a data set is read then."""
+    if args.dataset and args.checkpoint:
+        with contextlib.suppress(SystemExit):
+            check_checkpoint(args.checkpoint, args.embodiment_tag, None, args.task, TASKS)
+            return True
+    return False
+
+
+def initial(args: Args, data: LeRobotData | None = None) -> tuple[Gr00tN1d5, Gr00tProcessor]:
+    """What training starts from; its statistics are blank until there are demonstrations, or the checkpoint's."""
     tasks = [TASKS[name] for name in task_names(args.task)]
     if not args.checkpoint:
         torch.manual_seed(args.seed)
-        words = sorted({word for task in tasks for text in task.texts(args.instruction) for word in text.split()})
+        words = sorted({word for task in tasks for text in known_texts(args, task, data) for word in text.split()})
         sizes = {f"{kind}_dim": max(least, *(x.sizes[kind] for x in tasks)) for kind, least in (("action", 4), ("state", 8))}
         sizes |= {"vocab_size": max(32, len(words) + 16), "max_text_tokens": max(16, len(words) + 8)}
         sizes |= {"num_embodiments": len(set(embodiments(args.task).values()))}
         net = Gr00tN1d5(Gr00tConfig.tiny(**sizes, action_horizon=args.action_horizon)).eval()
         return net, blank_processor(args, net.config, tiny_tokenizer(words, net.config))
     with refuse_checkpoint(args.checkpoint):
-        processor = blank_processor(args, check_network(args.checkpoint), load_tokenizer(args.checkpoint))
-        return Gr00tN1d5.from_pretrained(args.checkpoint, torch.float32 if args.precision == "fp32" else None), processor
+        if knows_task(args):
+            processor = Gr00tProcessor.from_pretrained(args.checkpoint, None, args.embodiment_tag, None, tasks[0])
+        else:
+            processor = blank_processor(args, check_network(args.checkpoint), load_tokenizer(args.checkpoint))
+        dtype = torch.float32 if args.precision == "fp32" else None
+        return Gr00tN1d5.from_pretrained(args.checkpoint, dtype, config=processor.config), processor
 
 
 def blank_processor(args: Args, config: Gr00tConfig, tokenizer) -> Gr00tProcessor:
@@ -422,8 +461,12 @@ def teacher(args: Args) -> Callable:
     return act
 
 
-def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> tuple[TensorDict, TensorDict]:
+def collect(
+    args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks, writer: LeRobotWriter | None = None
+) -> tuple[TensorDict, TensorDict]:
     """Runs the task's expert, or a teacher; some observations of each success, with the `horizon` actions that followed.
+
+    A writer gets all steps of all episodes up to their ends, and the actions that are to be imitated.
 
     Returns:
         demonstrations to train on, and those of one more batch of environments to hold out: images, state and prompt as in
@@ -444,17 +487,22 @@ def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> 
         seed, kept, actions = episode_seed(args.seed, b, ranks), [], []
         with asking(env, task.unseen):
             obs, noise = env.reset(seed), torch.Generator(args.device).manual_seed(seed)
+        if writer:
+            writer.begin(seed, [task.texts(args.instruction)[i] for i in obs["prompt"].tolist()])
         moments = np.arange(apart + rng.integers(apart), latest + 1, apart)
         times = {0, *rng.choice(moments, min(args.frames - 1, len(moments)), replace=False).tolist()}
         for t in range(T):
+            running, obs = ~env.ended, env.observe() if t and (writer or t in times) else obs
             if t in times:
-                kept.append((t, env.observe() if t else obs, ~env.success))
+                kept.append((t, obs, ~env.success))
             action = expert(env.env)
             actions.append(action.clamp(-task.action_limit, task.action_limit) if task.action_limit else action)
             executed = actions[-1]
             if task.demo_noise and any(t < moment <= t + ASTRAY for moment in times):
                 executed = executed + off * torch.randn(executed.shape, device=args.device, generator=noise)
             env.step_chunk(executed[:, None], last=True)
+            if writer:
+                writer.step(obs["images"], obs["state"], actions[-1], running, env.success)
             if t + 1 >= kept[-1][0] + horizon and env.ended.all():  # nobody has more to show
                 break
         actions = torch.stack(actions, 1)  # (N, T, d)
@@ -467,6 +515,29 @@ def collect(args: Args, env: ChunkEnv, horizon: int, run: Run, ranks: Ranks) -> 
     for name, params in terms.items():
         params.update(usual[name])
     return torch.cat(samples[:-1]), samples[-1]
+
+
+def read(args: Args, data: LeRobotData, policy: Gr00tActor, run: Run, ranks: Ranks) -> tuple[TensorDict, TensorDict]:
+    """This rank's share of a data set as `collect` has it, with `real`: the actions before an episode's end.
+
+    A twentieth of the episodes is held out, unless there are fewer than 20 for each rank.
+    """
+    order = np.random.default_rng(args.seed).permutation(len(data.episodes)).tolist()
+    held = len(order) // 20 if len(order) >= 20 * ranks.world else 0
+    if len(order) < ranks.world:
+        raise SystemExit(f"--dataset {args.dataset}: {len(order)} episodes are too few for {ranks.world} ranks; start fewer")
+    size = TASKS[args.task].image_size or policy.camera_size
+    prompts = torch.tensor([policy.texts.index(text) for text in data.texts])
+    parts = []
+    for rows in (order[held:], order[:held]):
+        episodes = [data.episodes[i] for i in sorted(rows[ranks.rank :: ranks.world])]
+        with refuse_dataset(args.dataset):
+            samples = data.samples(episodes, policy.action_shape[0], size, run.dir) if episodes else TensorDict({}, 0)
+        parts.append(samples.set("prompt", prompts[samples["prompt"]]) if episodes else samples)
+    run.event(f"{args.dataset}: {len(order)} episodes, {held} of them held out; {'; '.join(data.texts)}")
+    if knows_task(args) and (keys := far_off(policy.processor.embodiment, data)):
+        run.event(f"warning: the data are far from what the checkpoint was trained on: {keys}")
+    return parts[0], parts[1]
 
 
 # ======== loss ========================================================================================================
@@ -487,7 +558,7 @@ def imitation_loss(policy: Gr00tActor, batch: TensorDict, drawn: TensorDict) -> 
     context = policy.encode(TensorDict({**batch, "features": features}, len(batch)))
     target = policy.processor.normalize_action(batch["action"])  # (B, H, A)
     mask = torch.zeros_like(target)
-    mask[..., : policy.valid] = 1.0
+    mask[..., : policy.valid] = batch["real"][..., None].float() if "real" in batch.keys() else 1.0
     noise, t = (drawn[name].to(policy.device) for name in ("noise", "t"))
     return policy.net.action_head.flow_matching_loss(context, policy.embodiment(len(batch)), target, mask, noise, t)
 
@@ -516,17 +587,28 @@ def learning_rate(args: Args, step: int) -> float:
     return args.learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / args.steps)))
 
 
-def train(args: Args, env: ChunkEnv, policy: Gr00tActor, run: Run, ranks: Ranks) -> None:
-    """Collects, trains, evaluates and saves."""
-    demos, unseen = collect(args, env, policy.chunk, run, ranks)
+def train(
+    args: Args, env: ChunkEnv | None, policy: Gr00tActor, run: Run, ranks: Ranks, data: LeRobotData | None = None
+) -> None:
+    """Collects, or reads; trains, evaluates and saves."""
+    if data:
+        demos, unseen = read(args, data, policy, run, ranks)
+    else:
+        writes = (
+            LeRobotWriter(args.record, env.task.modalities, 1 / env.env.step_dt) if args.record else contextlib.nullcontext()
+        )
+        with writes as writer:
+            demos, unseen = collect(args, env, policy.chunk, run, ranks, writer)
     tag = policy.processor.embodiment.tag
-    every = ranks.gather((tag, demos["state"], demos["action"].flatten(0, 1)))
+    action = demos["action"][demos["real"]] if data else demos["action"].flatten(0, 1)
+    every = ranks.gather((tag, demos["state"], action))
     samples = sum(len(state) for _, state, _ in every)
     state, action = (torch.cat(x) for x in zip(*(x for of, *x in every if of == tag)))  # of all ranks with this embodiment
     if not len(demos):
         raise SystemExit(f"--demos {args.demos}: no demonstration of this process succeeded; give more, or a better --expert")
     tokenizer, size = policy.processor.tokenizer, demos["images"].shape[2]
-    policy.processor = make_processor(args, policy.processor.config, tokenizer, state, action, size).to(args.device)
+    if not knows_task(args):
+        policy.processor = make_processor(args, policy.processor.config, tokenizer, state, action, size).to(args.device)
     for entries in ranks.gather(policy.processor.embodiment.to_dict()):
         policy.processor.embodiment.metadata.update(entries)
     shared = {} if policy.trains_backbone else {id(policy.net.backbone): policy.net.backbone}  # nothing to average there
@@ -614,7 +696,11 @@ def evaluate(args: Args, env: ChunkEnv, policy: Gr00tActor, ranks: Ranks, explor
 # ======== main ========================================================================================================
 def main(args: Args) -> None:
     args.device = pick_device(args.device)
-    ranks, policy = Ranks.start(args.device), Gr00tActor(args)
+    ranks, data = Ranks.start(args.device), None
+    if args.dataset:
+        with refuse_dataset(args.dataset):
+            data = LeRobotData(args.dataset, TASKS[args.task].modalities).load(args.successes)
+    policy = Gr00tActor(args, data)
     plan = "evaluation" if args.evaluate else "spread over the ranks"
     if not args.evaluate and not args.fsdp:
         average = {"moving average": 4 * sum(p.numel() for p in policy.trainable())}
@@ -625,6 +711,9 @@ def main(args: Args) -> None:
     with Run(vars(args), __file__, ranks, args.exp_name, args.steps, args.device) as run:
         run.event(f"{run.dir}: {' and '.join(task_names(args.task))} on {args.device}, {args.num_envs} envs; {plan}")
         run.event(f"instructions: {'; '.join(all_instructions(args.task, args.instruction).names)}")
+        if data and not args.eval_episodes:
+            train(args, None, policy, run, ranks, data)
+            return
         run.event(f"starting the simulator (its own output: {run.dir}/simulator.log)")
         with make_env(args, policy.camera_size, run.dir, ranks) as env:
             if args.check:
@@ -632,7 +721,7 @@ def main(args: Args) -> None:
             elif args.evaluate:
                 run.result(ode_success=evaluate(args, env, policy, ranks))
             else:
-                train(args, env, policy, run, ranks)
+                train(args, env, policy, run, ranks, data)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     config.py      config.json: its sizes; needs no torch
     files.py       checkpoint files; needs no torch
     policy.py      a checkpoint, its prompts and a device: what the scripts build their actors on
+    dataset.py     LeRobot data sets in NVIDIA's layout, read and written; needs no torch until it reads samples
 
 Names are looked up when they are asked for, so that importing what needs no torch costs nothing.
 """

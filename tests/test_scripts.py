@@ -96,6 +96,7 @@ REFUSALS = {
         ("--seed -1", "0 or more"),
         ("--resume runs/none", "name a folder like runs/<name>"),
         ("--check --evaluate", "leave out --evaluate and --resume"),
+        ("--record data", "add --evaluate"),
         ("--checkpoint ./nowhere", "nowhere: no such folder"),
     ],
     "grpo_gr00t_lora.py": [
@@ -119,6 +120,7 @@ REFUSALS = {
         ("--evaluate", "--checkpoint"),
         ("--check --evaluate --checkpoint x", "leave out --evaluate"),
         ("--task Isaac-Humanoid", "has no scripted expert"),
+        ("--dataset ./nowhere", "nowhere: no such folder"),
         ("--checkpoint ./nowhere", "nowhere: no such folder"),
     ],
     "ppo_isaac.py": [
