@@ -17,7 +17,9 @@ from tests import assets
 os.environ["ISAACSIM_ASSET_ROOT"] = str(assets.mirror())
 
 # whole files go to the workers, in this order: the longest ones first, so that the workers end together
-LONGEST = "runs ppo_gr00t_runs ppo_runs ppo_rgb gr00t_tasks assets ppo_lora gpu_paths scripts sft tabletop".split()
+LONGEST = (
+    "runs ppo_gr00t_runs ppo_runs ppo_rgb gr00t_tasks assets ppo_lora gpu_paths scripts sft export sim_to_sim tabletop".split()
+)
 
 
 def pytest_collection_modifyitems(items):

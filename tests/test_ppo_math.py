@@ -776,7 +776,7 @@ def test_weights_that_do_not_fit_are_refused(damage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(ppo_isaac, "known_task", lambda name: name)
-    monkeypatch.setattr(ppo_isaac, "task_config", lambda *args: None)
+    monkeypatch.setattr(ppo_isaac, "task_config", lambda *args, **flags: None)
     monkeypatch.setattr(ppo_isaac, "make_env", lambda *args: contextlib.nullcontext(Case(0).env))
     args = ppo_isaac.task_args(checkpoint=str(folder))
     with pytest.raises(SystemExit, match=f"^--checkpoint {folder}: does not fit"):

@@ -126,6 +126,7 @@ REFUSALS = {
     "ppo_isaac.py": [
         ("--minibatches 999999", "use fewer"),
         ("--evaluate", "needs --checkpoint"),
+        ("--export", "needs --checkpoint"),
         ("--checkpoint nowhere", "no policy of this script there"),
         ("--hidden 0", "at least one size"),
     ],
