@@ -118,7 +118,7 @@ REFUSALS = {
     "sft_gr00t.py": [
         ("--demos 0", "greater than 0"),
         ("--evaluate", "--checkpoint"),
-        ("--check --evaluate --checkpoint x", "leave out --evaluate"),
+        ("--check --evaluate", "leave out --evaluate"),
         ("--task Isaac-Humanoid", "has no scripted expert"),
         ("--dataset ./nowhere", "nowhere: no such folder"),
         ("--checkpoint ./nowhere", "nowhere: no such folder"),
