@@ -370,6 +370,7 @@ def test_recorded_demonstrations_are_the_samples_of_a_run_without_them(env, tmp_
     for one, other in zip(plain, demos):
         assert all(torch.equal(one[name], other[name]) for name in ("images", "state", "prompt", "action"))
     data = opened(tmp_path / "data", successes=True)
+    assert all(len(np.unique(x.state, axis=0)) == len(x.state) for x in data.steps.values())  # each step's own observation
     found = samples_of(data, horizon=8, size=64)
     order = torch.tensor([data.texts.index(text) for text in TASK.instructions])
     for sample in torch.cat(demos):
