@@ -175,7 +175,7 @@ def start(folder: Path, *command: str) -> tuple[int, str]:
 ])  # fmt: skip
 def test_the_flag(script, flags, status, odd, tmp_path):
     if "random" in flags:
-        write_random("Isaac-Humanoid", tmp_path / "random", 16)
+        write_random("Isaac-Humanoid", tmp_path / "random")
     done, printed = start(tmp_path, str(ROOT / f"{script}.py"), "--check", "--exp-name", "c", "--device", "cpu", *flags.split())
     checks = json.loads((tmp_path / "runs/c/summary.json").read_text())["checks"]
     assert done == status and {x["name"]: x["verdict"] for x in checks if x["verdict"] in ("WARN", "FAIL")} == odd

@@ -283,6 +283,7 @@ def test_reward_of_a_chunk(dense):
     blown = given.clone()
     blown[2:, 1] = float("nan")  # the physics of a world that failed
     env.env = SimpleNamespace(step=lambda action: (None, blown[next(at)], None, None, {}))
+    env.varied = SimpleNamespace(delay=lambda actions: actions)
     done = []
     env.terminations = SimpleNamespace(
         compute=lambda: done.append(0) or success[len(done) - 1] | failure[len(done) - 1],
