@@ -257,10 +257,7 @@ LIFT = Task(
     draws="reset",
     privileged=24,
     ranges=Ranges(camera=(0.02, 0.04), distractor=((0.0, 0.0, 0.0225), 0.22, 0.16)),  # the camera's view is 27 degrees wide
-    wordings={
-        f"lift the {colour} cube": (f"lift the cube that is {colour}", f"pick up the {colour} block", f"raise the {other} box")
-        for colour, other in (("red", "crimson"), ("blue", "navy"))
-    },
+    wordings={f"lift the {x} cube": (f"lift {x} cube", f"the {x} cube", x) for x in ("red", "blue")},  # in words that it knows
     expert=later("tasks.tabletop:expert_action"),
     demo_steps=16,
     demo_params={"reset": {"gantry_share": 0.5}},

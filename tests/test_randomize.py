@@ -100,7 +100,7 @@ def test_refusals():
 def test_other_words_ask_for_the_same(env):
     from tasks.gr00t import Prompts
 
-    prompts = Prompts(env.env, LIFT, "pick up the blue block")
+    prompts = Prompts(env.env, LIFT, "the blue cube")
     env.env.target[:] = 0
     prompts.fix()
     assert env.env.target.tolist() == [1] * 8
@@ -126,7 +126,7 @@ def test_table_of_conditions(tmp_path, monkeypatch):
     assert len(ran) == 2 * (1 + 2 + 2 * 3 + 1)
     assert "| latency 1 | 0.250 [" in table[4] and "| physics newton_mjwarp | 0.900 [" in table[8]
     cells = json.loads((tmp_path / "runs/robustness/table.json").read_text())
-    assert cells['wording 2: "pick up the red block"'] == [[72, 80], [72, 80]]  # both instructions
+    assert cells['wording 2: "the red cube"'] == [[72, 80], [72, 80]]  # both instructions
     assert (tmp_path / "runs/robustness/robustness.png").stat().st_size > 5000
     robustness.main(robustness.Args(**args))
     assert len(ran) == 20
