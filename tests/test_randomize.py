@@ -82,6 +82,19 @@ def test_dynamics_are_what_was_drawn(env):
     assert all(min(abs(g - 1.15), abs(g - 1 / 1.15)) < 1e-4 for g in gravity) and gravity[0] == gravity[3]
     gain = {round(float(model.actuator_gainprm[0, 0]), 1) for model in solver.models}
     assert gain <= {6000.0, 2666.7}
+    assert {round(float(model.geom_friction[:, 0].max()), 3) for model in solver.models} <= {1.0, 4.0}
+
+
+def test_cameras_are_moved_and_turned_by_as_much(env):
+    pose = []
+    for values in ((), ("camera:1-1",)):
+        episode(env, *values)
+        data = env.env.scene.sensors["cam"].data
+        pose.append((data.pos_w.torch.clone(), data.quat_w_world.torch.clone()))
+    (position, quat), (moved, turned) = pose
+    assert (moved - position).norm(dim=1).tolist() == pytest.approx([LIFT.ranges.camera[0]] * 8, abs=1e-5)
+    angle = 2 * (quat * turned).sum(1).abs().clamp(max=1).acos()
+    assert angle.tolist() == pytest.approx([LIFT.ranges.camera[1]] * 8, abs=2e-3)
 
 
 def test_refusals():
