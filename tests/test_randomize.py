@@ -42,6 +42,8 @@ def test_members_of_a_group_share_their_draw(env):
     assert all((obs[key][:, :4] == obs[key][:, :1]).all() for key in ("images", "state"))
     assert not torch.equal(obs["images"][0, 0], obs["images"][0, 4])
     assert all(same(obs, episode(env, "all:1-1"), "images", "state"))  # the seed decides
+    env.reset(6, 4)
+    assert all(same(obs[0], env.reset(5, 4), "images", "state"))  # and nothing that was drawn before
     assert not torch.equal(obs["state"], episode(env, "all:1-1", seed=6)["state"])
 
 
