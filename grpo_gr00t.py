@@ -245,7 +245,7 @@ class RecordedEnv:
         return self.obs
 
     def step_chunk(self, actions: Tensor, last: bool = False) -> TensorDict:
-        for action in actions.unbind(1):
+        for action in self.env.varied.overtake(actions).unbind(1):
             running, obs = ~self.env.ended, self.obs
             self.obs = self.env.step_chunk(action[:, None])
             self.writer.step(obs["images"], obs["state"], action, running, self.env.success)

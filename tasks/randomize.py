@@ -30,6 +30,7 @@ class Ranges:
     noise: float = 0.02  # std of what the proprioception is off by, at every look, in its own units
     frames: float = 0.6  # chance that a look shows the images of the look before
     latency: int = 4  # control steps by which actions come too late
+    inference: int = 4  # control steps that a policy call takes: as many actions of its chunk are overtaken when it is there
     dynamics: tuple[float, ...] = (2.0, 2.0, 1.5, 1.15)  # factors of masses of objects, friction, the robot's gains, gravity
     # one more object: where it lies in an environment's frame [m], and its distance from there at strength 0 and 1 [m]
     distractor: tuple[tuple[float, float, float], float, float] | None = None
@@ -94,6 +95,7 @@ class Randomization:
         self.generator = torch.Generator(env.device)  # of the noise within an episode
         rest = [1.0 if key == "gripper_open" else 0.0 for key, size in task.action.items() for _ in range(size)]
         self.rest = torch.tensor(rest, device=env.device)  # (d,) before the first action arrives: stand still, hand open
+        self.hand = self.rest > 0  # (d,)
         self.cameras = [env.scene.sensors[name]._view for name in task.cameras.values()]
         self.poses = None  # of the cameras, as the task has them
         if "dynamics" in axes:
@@ -174,6 +176,11 @@ class Randomization:
         self.lag = (self.ranges.latency * strength[:, 0]).round().long()  # (N,)
         self.pending = self.rest.expand(self.env.num_envs, self.ranges.latency, -1)
 
+    def draw_inference(self, strength: Tensor, way: Tensor) -> None:
+        """Real-time chunking's problem (Black et al. 2025, arXiv 2506.07339), for a robot that does nothing of its own."""
+        self.busy = (self.ranges.inference * strength).round().long()  # (N, 1)
+        self.held = self.rest.expand(self.env.num_envs, -1)  # (N, d)
+
     def draw_dynamics(self, strength: Tensor, way: Tensor) -> None:
         import torch
 
@@ -229,10 +236,25 @@ class Randomization:
             manager.add_model_change(flag)
 
     # what an episode goes through
+    def overtake(self, actions: Tensor) -> Tensor:
+        """What is sent of a chunk (N, chunk, d) that comes late: until then the robot stands still, its hand as it was.
+
+        One step of a chunk at the least is in time, and single actions are: who sends these has asked for the chunk.
+        """
+        import torch
+
+        chunk = actions.shape[1]
+        if "inference" not in self.axes or chunk == 1:
+            return actions
+        late = torch.arange(chunk, device=actions.device) < self.busy.clamp(max=chunk - 1)  # (N, chunk)
+        held, self.held = self.held, actions[:, -1].where(self.hand, self.rest)
+        return actions.where(~late[..., None], held[:, None])
+
     def delay(self, actions: Tensor) -> Tensor:
         """The (N, chunk, d) actions that arrive while these are sent."""
         import torch
 
+        actions = self.overtake(actions)
         if "latency" not in self.axes:
             return actions
         sent = torch.cat([self.pending, actions], 1)

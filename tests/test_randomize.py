@@ -50,7 +50,8 @@ def test_members_of_a_group_share_their_draw(env):
 @pytest.mark.parametrize(
     "axis, first, later",  # whether the first and the later images and states differ from those without
     [("camera", (1, 0), (1, 0)), ("light", (1, 0), (1, 0)), ("start", (1, 1), (1, 1)), ("noise", (0, 1), (0, 1)),
-     ("frames", (0, 0), (1, 0)), ("latency", (0, 0), (1, 1)), ("dynamics", (0, 0), (1, 1)), ("distractor", (1, 0), (1, 0))],
+     ("frames", (0, 0), (1, 0)), ("latency", (0, 0), (1, 1)), ("inference", (0, 0), (1, 1)), ("dynamics", (0, 0), (1, 1)),
+     ("distractor", (1, 0), (1, 0))],
 )  # fmt: skip
 def test_an_axis_changes_what_it_says(env, axis, first, later):
     plain, varied = episode(env), episode(env, f"{axis}:1-1")
@@ -72,6 +73,18 @@ def test_actions_come_late(env):
     env.varied.draw(1)
     arrived = torch.cat([env.varied.delay(sent[:, :3]), env.varied.delay(sent[:, 3:])], 1)[0]
     assert arrived.tolist() == [[0, 0, 0, 1]] * 4 + [[0.0] * 4, [1.0] * 4]  # at rest, hand open, for four steps
+
+
+def test_what_a_call_takes_is_lost_to_its_chunk(env):
+    episode(env, "inference:0.5-0.5")  # two steps
+    env.varied.draw(1)
+    closed = torch.tensor([1.0, 2.0, 3.0, -1.0])
+    sent = closed.expand(8, 6, 4)
+    first, second = env.varied.overtake(sent[:, :3])[0].tolist(), env.varied.overtake(sent[:, 3:])[0].tolist()
+    go, open_hand, as_it_was = closed.tolist(), [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, -1.0]
+    assert first == [open_hand, open_hand, go] and second == [as_it_was, as_it_was, go]
+    assert env.varied.overtake(sent[:, :2])[0].tolist() == [as_it_was, go]  # never all of it
+    assert env.varied.overtake(sent[:, :1])[0].tolist() == [go]
 
 
 def test_dynamics_are_what_was_drawn(env):
