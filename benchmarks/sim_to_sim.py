@@ -144,7 +144,7 @@ class Ant:
         before = data.site_xmat.reshape(4, 3, 3).copy()
         mujoco.mj_kinematics(data.model, data)
         torso, after = data.body("torso").xmat.reshape(3, 3), data.site_xmat.reshape(4, 3, 3)
-        # Isaac Lab has the wrench at the last physics step's begin, in the world's axes, and the frames at its end
+        # Isaac Lab has the wrench at the last physics step's beginning, in the world's axes, and the frames at its end
         force, torque = np.einsum("fwa,fwb,fkb->kfa", after, before, data.sensordata.reshape(4, 2, 3))
         torque += np.cross(self.arms, force)  # about the joint
         yaw, roll = np.arctan2([torso[1, 0], torso[2, 1]], [torso[0, 0], torso[2, 2]])
