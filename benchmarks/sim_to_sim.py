@@ -75,20 +75,105 @@ class Cartpole:
     def observe(self, data: mujoco.MjData) -> np.ndarray:
         return np.concatenate([data.qpos, data.qvel])
 
-    def judge(self, obs: np.ndarray, period: float) -> tuple[float, bool]:
-        """Reward of the step that led to an observation, and whether the episode failed there."""
+    def judge(self, obs: np.ndarray, path: np.ndarray, period: float) -> tuple[float, bool]:
+        """Reward of the step that led to an observation, and whether the episode failed there; path (2, nq): where it led."""
         cart, pole, cart_speed, pole_speed = obs
         failed, pole = bool(abs(cart) > 3), (pole + np.pi) % (2 * np.pi) - np.pi
         return period * ((-2 if failed else 1) - pole**2 - 0.01 * abs(cart_speed) - 0.005 * abs(pole_speed)), failed
 
 
-TASKS = {"Isaac-Cartpole-Direct": Cartpole}
+def ant_leg(name: str, x: int, y: int) -> str:
+    """A leg of the ant, towards x, y = +-1; the site has the axes of the foot's joint and lies in the foot's centre of mass."""
+    low, high = (30, 100) if x > 0 else (-100, -30)
+    return f"""
+          <geom fromto="0 0 0 {0.2 * x} {0.2 * y} 0"/>
+          <body pos="{0.2 * x} {0.2 * y} 0">
+            <joint name="{name}_leg" axis="0 0 1" range="-40 40" solreflimit="0.463299 0.024867"/>
+            <geom fromto="0 0 0 {0.2 * x} {0.2 * y} 0"/>
+            <body pos="{0.2 * x} {0.2 * y} 0">
+              <joint name="{name}_foot" axis="{-x * y} 1 0" range="{low} {high}" solreflimit="0.382727 0.027359"/>
+              <geom fromto="0 0 0 {0.4 * x} {0.4 * y} 0"/>
+              <site name="{name}" pos="{0.2 * x} {0.2 * y} 0" euler="0 0 {90 + 45 * x * y}"/>
+            </body>
+          </body>"""
+
+
+LEGS = {"front_left": (1, 1), "front_right": (-1, 1), "left_back": (-1, -1), "right_back": (1, -1)}
+
+
+class Ant:
+    """Isaac-Ant-Direct. Armature and damping are those of Isaac Lab's robot, `solreflimit` is what Newton makes of the asset's
+    limits; for friction and contacts it has MuJoCo's defaults."""
+
+    xml = f"""
+    <mujoco model="ant">
+      <option timestep="0.008333333333333333" gravity="0 0 -9.81" integrator="implicitfast"/>
+      <default>
+        <joint armature="0.05" damping="0.1"/>
+        <geom type="capsule" size="0.08" density="5" conaffinity="0"/>
+        <motor gear="15" ctrlrange="-0.5 0.5"/>
+      </default>
+      <worldbody>
+        <geom type="plane" size="0 0 1" contype="0" conaffinity="1"/>
+        <body name="torso" pos="0 0 0.5">
+          <freejoint/>
+          <geom type="sphere" size="0.25"/>{"".join(ant_leg(name, *leg) for name, leg in LEGS.items())}
+        </body>
+      </worldbody>
+      <actuator>{"".join(f'<motor joint="{name}_{part}"/>' for name in LEGS for part in ("leg", "foot"))}</actuator>
+      <sensor>{"".join(f'<force site="{name}"/><torque site="{name}"/>' for name in LEGS)}</sensor>
+    </mujoco>
+    """
+    seconds = 16.0  # of an episode
+    sides = np.array([0, 1, 0, -1, 0, -1, 0, 1])  # of the ankles; 0: a hip
+    middle, half = np.radians(65 * sides), np.radians([40, 35] * 4)  # of the joints' ranges [rad]
+    arms = np.outer(-sides[1::2], [0, 0.08**0.5, 0])  # of the feet's centres of mass, in the joints' axes [m]
+    target = np.array([1000.0, 0.0])  # [m]
+
+    def start(self, rng: np.random.Generator) -> np.ndarray:
+        """Positions and velocities of torso (quaternion w, x, y, z) and joints."""
+        joints = np.radians(45 * self.sides) + rng.uniform(-0.2, 0.2, 8)
+        return np.concatenate([[0, 0, 0.5, 1, 0, 0, 0], joints, np.zeros(6), rng.uniform(-0.1, 0.1, 8)])
+
+    def state(self, obs: np.ndarray) -> np.ndarray:
+        """Positions and velocities (N, 29) that observations (N, 60) at a start tell."""
+        torso, still = np.tile([0, 0, 0.5, 1, 0, 0, 0], (len(obs), 1)), np.zeros((len(obs), 6))
+        return np.concatenate([torso, self.middle + self.half * obs[:, 12:20], still, obs[:, 20:28] / 0.2], 1)
+
+    def observe(self, data: mujoco.MjData) -> np.ndarray:
+        before = data.site_xmat.reshape(4, 3, 3).copy()
+        mujoco.mj_kinematics(data.model, data)
+        torso, after = data.body("torso").xmat.reshape(3, 3), data.site_xmat.reshape(4, 3, 3)
+        # Isaac Lab has the wrench at the last physics step's beginning, in the world's axes, and the frames at its end
+        force, torque = np.einsum("fwa,fwb,fkb->kfa", after, before, data.sensordata.reshape(4, 2, 3))
+        torque += np.cross(self.arms, force)  # about the joint
+        yaw, roll = np.arctan2([torso[1, 0], torso[2, 1]], [torso[0, 0], torso[2, 2]])
+        away = self.target - data.qpos[:2]
+        angle = (np.arctan2(away[1], away[0]) - yaw + np.pi) % (2 * np.pi) - np.pi
+        return np.concatenate([
+            data.qpos[2:3], data.qvel[:3] @ torso, data.qvel[3:6], [yaw, roll, angle],
+            [torso[2, 2], torso[:2, 0] @ away / np.linalg.norm(away)],
+            (data.qpos[7:] - self.middle) / self.half, 0.2 * data.qvel[6:],
+            0.1 * np.stack([force, torque], 1).ravel(), data.ctrl / 0.5,
+        ])  # fmt: skip
+
+    def judge(self, obs: np.ndarray, path: np.ndarray, period: float) -> tuple[float, bool]:
+        """Reward of the step that led to an observation, and whether the episode failed there; path (2, nq): where it led."""
+        up, heading, joints, speeds, actions = obs[10], obs[11], np.abs(obs[12:20]), obs[20:28] / 0.2, obs[52:60]
+        failed, away = bool(obs[0] < 0.31), np.linalg.norm(self.target - path[:, :2], axis=1)
+        rate = 0.5 * (not failed) + 0.1 * (up > 0.93) + 0.5 * min(heading / 0.8, 1)
+        rate -= 0.005 * (actions**2).sum() + 0.05 * np.abs(actions * speeds).sum()
+        rate -= 0.1 * ((joints - 0.99) / 0.01 * (joints > 0.99)).sum()
+        return away[0] - away[1] + period * rate - 2 * failed, failed
+
+
+TASKS = {"Isaac-Cartpole-Direct": Cartpole, "Isaac-Ant-Direct": Ant}
 
 
 class World:
     """One robot, stepped with actions from starts that are given."""
 
-    def __init__(self, task: Cartpole, told: dict):
+    def __init__(self, task: Cartpole | Ant, told: dict):
         """
         Args:
             told: deployment.json.
@@ -101,12 +186,13 @@ class World:
 
     def reset(self, state: np.ndarray) -> np.ndarray:
         mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos[:], self.data.qvel[:] = np.split(state, 2)
+        self.data.qpos[:], self.data.qvel[:] = np.split(state, [self.model.nq])
         return self.task.observe(self.data)
 
     def step(self, action: np.ndarray) -> np.ndarray:
-        self.data.ctrl[:] = self.scale * action
+        self.data.ctrl[:], before = self.scale * action, self.data.qpos.copy()
         mujoco.mj_step(self.model, self.data, self.substeps)
+        self.path = np.array([before, self.data.qpos])  # (2, nq)
         return self.task.observe(self.data)
 
 
@@ -130,7 +216,7 @@ def in_mujoco(folder: Path, starts: np.ndarray) -> dict[str, float]:
         largest = max(largest, np.abs(actions[alive]).max(initial=0))
         for i in np.flatnonzero(alive):
             obs[i] = after = worlds[i].step(actions[i])
-            reward, failed = task.judge(after, period)
+            reward, failed = task.judge(after, worlds[i].path, period)
             sums[:, i] += reward, 1
             alive[i] = not failed
     return {
