@@ -95,7 +95,8 @@ class Randomization:
         self.generator = torch.Generator(env.device)  # of the noise within an episode
         rest = [1.0 if key == "gripper_open" else 0.0 for key, size in task.action.items() for _ in range(size)]
         self.rest = torch.tensor(rest, device=env.device)  # (d,) before the first action arrives: stand still, hand open
-        self.hand = self.rest > 0  # (d,)
+        hand = [key in ("gripper", "gripper_open") for key, size in task.action.items() for _ in range(size)]
+        self.hand = torch.tensor(hand, device=env.device)  # (d,)
         self.cameras = [env.scene.sensors[name]._view for name in task.cameras.values()]
         self.poses = None  # of the cameras, as the task has them
         if "dynamics" in axes:
