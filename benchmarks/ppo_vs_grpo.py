@@ -84,10 +84,17 @@ def command(args: Args, method: str, seed: int) -> list[str]:
     return [sys.executable, str(ROOT / script), *own, *flags]
 
 
+def finished(folder: Path) -> dict | None:
+    """The summary of a run that came to its end: a part of it is there before."""
+    file = folder / "summary.json"
+    summary = json.loads(file.read_text()) if file.exists() else {}
+    return summary if summary.keys() & {"ode_success", "ode_success_after"} else None
+
+
 def run_all(args: Args, out: Path) -> None:
-    """Runs what has no summary yet, `jobs` at a time, from its beginning; stops at the first failure."""
+    """Runs what is not finished, `jobs` at a time, from its beginning; stops at the first failure."""
     todo = [(m, s) for s in args.seeds for m in args.methods if m != "sft" or s == args.seeds[0]]
-    todo = [(m, s) for m, s in todo if not (out / "runs" / f"{m}-s{s}" / "summary.json").exists()]
+    todo = [(m, s) for m, s in todo if not finished(out / "runs" / f"{m}-s{s}")]
     running: dict[subprocess.Popen, tuple[str, float, Path]] = {}
     environment = os.environ | {"WANDB_MODE": "disabled"}
     while todo or running:
@@ -232,7 +239,7 @@ def report(out: Path) -> str:
     runs = []
     for folder in sorted((out / "runs").iterdir()):
         method, _, seed = folder.name.rpartition("-s")
-        if (folder / "summary.json").exists() and method in METHODS:
+        if method in METHODS and finished(folder):
             runs.append(load(folder, method, int(seed)))
     if not runs:
         sys.exit(f"--report {out}: no finished run there")

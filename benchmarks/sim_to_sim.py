@@ -33,7 +33,7 @@ class Args:
     policy: str  # folder that ppo_isaac.py --export wrote
     episodes: int = 512  # in each simulator
     seed: int = 20_261_127  # of the starts
-    physics: tuple[str, ...] = ("mujoco_c", "newton_mjwarp")  # of Isaac Lab's evaluation of the same checkpoint
+    physics: tuple[str, ...] = ("mujoco_c",)  # of Isaac Lab's evaluation of the same checkpoint; newton_mjwarp: slow on a CPU
 
 
 ARGS = tyro.cli(Args) if __name__ == "__main__" else None

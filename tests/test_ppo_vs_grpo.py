@@ -96,7 +96,8 @@ if behaviour == "hangs":
 time.sleep(0.1)
 folder = Path("runs") / name
 folder.mkdir(parents=True)
-(folder / "summary.json").write_text(json.dumps({"span": [began, time.time()], "checkpoint": flags["--checkpoint"]}))
+summary = {"ode_success": {"mean": 0}, "span": [began, time.time()], "checkpoint": flags["--checkpoint"]}
+(folder / "summary.json").write_text(json.dumps(summary))
 """
 
 
@@ -153,7 +154,7 @@ def test_what_is_there_already_is_kept(scripts):
     args = Args(methods=("grpo", "ppo"), seeds=(1,))
     bench.run_all(args, scripts)
     before = spans(scripts)
-    (scripts / "runs/ppo-s1/summary.json").unlink()  # cut short: it begins anew
+    (scripts / "runs/ppo-s1/summary.json").write_text('{"ode_success_before": {}}')  # cut short: it begins anew
     (scripts / "runs/ppo-s1/metrics.jsonl").write_text("{}\n")
     bench.run_all(args, scripts)
     after = spans(scripts)
@@ -244,12 +245,13 @@ def test_load(tmp_path):
 
 @pytest.fixture
 def results(tmp_path) -> Path:
-    """Imitation, two seeds of GRPO, one of PPO that takes half as long, and a run that was cut short."""
+    """Imitation, two seeds of GRPO, one of PPO that takes half as long, and two runs that were cut short."""
     save(tmp_path, "sft", 1, before=0.2)
     save(tmp_path, "grpo", 1, (0.4, 0.8), kl=3.0)
     save(tmp_path, "grpo", 2, (0.6, 0.4), kl=5.0)
     save(tmp_path, "ppo", 1, (0.5, 0.9), pace=5.0)
-    (save(tmp_path, "ppo", 2, (0.1, 0.1)) / "summary.json").unlink()
+    (save(tmp_path, "ppo", 2, (0.1, 0.1)) / "summary.json").write_text(json.dumps({"ode_success_before": result(0.2)}))
+    (save(tmp_path, "ppo", 3, (0.1, 0.1)) / "summary.json").unlink()
     saved = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(Args(num_envs=32)).items()}
     (tmp_path / "args.json").write_text(json.dumps(saved))
     return tmp_path
@@ -275,7 +277,7 @@ def test_table(results):
         "0.200",
         "4.0 ± 1.4", "", "40 ± 0", "1.50",
     ]  # fmt: skip
-    # seed 2 has no summary: it is not counted
+    # seeds 2 and 3 did not end: they are not counted
     assert cells(text, "ppo") == [
         "ppo", "1", "0.900", "0.826 to 0.945", "0.900", "0.900", "0.525", "0.000", "1.0", "0.60", "20", "1.25"
     ]  # fmt: skip
