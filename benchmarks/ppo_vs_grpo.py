@@ -129,7 +129,7 @@ class Run:
 
 
 def load(folder: Path, method: str, seed: int) -> Run:
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = finished(folder)
     if method == "sft":
         return Run(method, seed, [0], [0], [summary["ode_success"]["mean"]], summary, math.nan)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,6 +1,8 @@
 """Randomisation: what each axis changes and what it leaves alone, groups that share a draw, refusals, the table of axes."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +87,14 @@ def test_what_a_call_takes_is_lost_to_its_chunk(env):
     assert first == [open_hand, open_hand, go] and second == [as_it_was, as_it_was, go]
     assert env.varied.overtake(sent[:, :2])[0].tolist() == [as_it_was, go]  # never all of it
     assert env.varied.overtake(sent[:, :1])[0].tolist() == [go]
+
+
+def test_every_task_with_a_gripper_keeps_it_as_it_was():
+    """And nothing else of the action, whichever of its two names the key has."""
+    for name in ("Tabletop-Lift-Cube-v0", "RLinf-Stack-Cube", "IsaacContrib-Stack-Cube-Franka-IK-Rel-Visuomotor"):
+        task = dataclasses.replace(TASKS[name], cameras={})
+        hand = Randomization(SimpleNamespace(device="cpu", scene=None), task, {}).hand
+        assert hand.tolist() == [False] * (task.sizes["action"] - 1) + [True], name
 
 
 def test_dynamics_are_what_was_drawn(env):
