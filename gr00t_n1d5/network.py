@@ -96,11 +96,12 @@ class Backbone(nn.Module):
         if len(pixel_values):  # there are tasks without a camera
             image = self.mlp1(self.vision_model(pixel_values=pixel_values).last_hidden_state).to(x.dtype)  # (B*V, P, D)
             is_image = input_ids == self.image_token_id
-            # masked_scatter says nothing when features are left over; this check does not wait for the device
+            # what is left over would go unnoticed; this check does not wait for the device
             if not input_ids.is_meta:
                 fits = is_image.sum() == image.shape[0] * image.shape[1]
                 torch._assert_async(fits, "image tokens and image features differ in number")
-            x = x.masked_scatter(is_image[..., None], image)
+            place = is_image.flatten().cumsum(0).sub_(1).clamp_(min=0).view_as(input_ids)  # masked_scatter's backward waits
+            x = torch.where(is_image[..., None], image.flatten(0, 1)[place], x)
         # A mask of None is plainly causal; left to itself transformers looks for packed sequences, a host sync.
         causal = {"full_attention": None}
         x = self.language_model(inputs_embeds=x, attention_mask=causal, use_cache=False).last_hidden_state

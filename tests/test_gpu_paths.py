@@ -72,6 +72,23 @@ def test_micro_batches_may_share_their_memory(tiny_checkpoint):
     assert len(place) == 2 and all(torch.equal(found[name], expected[name]) for name in expected.keys())
 
 
+@pytest.mark.parametrize("module", [grpo_gr00t_lora, ppo_gr00t_lora], ids=lambda m: m.__name__)
+def test_the_way_back_through_a_trained_backbone_does_not_wait(module, tiny_checkpoint):
+    """For how many numbers a mask chooses; on a GPU `benchmarks/gpu.py --check sync` sees everything that waits."""
+    args = module.Args(checkpoint=str(tiny_checkpoint), device="cpu", lora_targets=tuple(module.TARGETS))
+    policy = module.Gr00tActor(args)
+    policy.unfreeze(module.STAGES)
+    seen, left = set(), [policy.features(observation(4)).grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [parent for parent, _ in node.next_functions]
+    reached, own = {id(node.variable) for node in seen if hasattr(node, "variable")}, policy.groups()
+    assert reached == {id(p) for p in own["llm"] + own["vision"]}
+    assert not {node.name() for node in seen} & {"MaskedScatterBackward0", "MaskedSelectBackward0"}
+
+
 WHERE = [("cpu", "cpu"), pytest.param("cuda", "cpu", marks=on_gpu), pytest.param("cuda", "cuda", marks=on_gpu)]
 
 
