@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 Check = Literal["ratio", "sync", "again", "compiled", "ppo_isaac", "simulator"]
+SCRIPTS = ("grpo_gr00t", "grpo_gr00t_lora", "ppo_gr00t_frozen", "ppo_gr00t_lora")
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Args:
     device: str = "auto"  # cpu: with the tiny network and small numbers
     out: Path = ROOT / "runs" / "gpu"  # results.jsonl, table.md
     check: Check | None = None  # what a step of rungs 1 and 4 does in its own process
+    scripts: tuple[str, ...] = SCRIPTS  # that the checks of rung 1 look at
 
 
 class Step(NamedTuple):
@@ -78,10 +80,20 @@ def steps(device: str) -> list[Step]:
     body = "Isaac-Humanoid-Direct" if gpu else "Isaac-Cartpole-Direct"
     peers = f"benchmarks/ppo_vs_peers.py --task {body} --libs ppo_isaac rsl_rl --num-envs {many}"
     others = ("grpo_gr00t_lora", "ppo_gr00t_frozen", "ppo_gr00t_lora")
-    checks = ("ratio", "sync", "again", "compiled", "ppo_isaac")
+    checks = ("ratio", "sync", "again", "ppo_isaac")
+    pytest, own = "-m pytest -q -n 0 tests/test_gpu_paths.py", f"benchmarks/gpu.py --device {device} --check"
+    compiled = [  # minutes of the compiler for each script; the tests' own start needs the simulator's assets
+        step
+        for script in (SCRIPTS if gpu else SCRIPTS[:1])
+        for step in (
+            Step(1, f"compiled, {script}", f"{own} compiled --scripts {script}"),
+            Step(1, f"captured, {script}", f"{pytest} -k 'captured and -{script}]'", True),
+        )
+    ]
     return [
-        Step(1, "tests", "-m pytest -q -n 0 tests/test_gpu_paths.py tests/test_common.py -k 'gpu or triton or float8'"),
-        *(Step(1, name, f"benchmarks/gpu.py --check {name} --device {device}") for name in checks),
+        Step(1, "tests", f"{pytest} tests/test_common.py -k '(gpu or triton or float8) and not captured'", True),
+        *(Step(1, name, f"{own} {name}") for name in checks),
+        *compiled,
         Step(2, "the scripts' rollout and update", f"{bench} update --views 1 --scripts grpo_gr00t --row-seconds 5"),
         Step(2, "rollout, lever by lever", f"{bench} rollout --views 1 --row-seconds 5 --batch-sizes {shape}"),
         Step(3, "memory", f"{bench} memory --views 1"),
@@ -184,7 +196,7 @@ def climb(args: Args) -> None:
 
 
 # ======== the checks of rung 1: in a process of their own, with the shipped checkpoint and generated observations =====
-def check(name: Check, device: str) -> None:
+def check(name: Check, device: str, names: tuple[str, ...] = SCRIPTS) -> None:
     import tempfile
 
     import torch
@@ -195,7 +207,6 @@ def check(name: Check, device: str) -> None:
     from gr00t_n1d5.policy import take
 
     device, alone = pick_device(device), Ranks(0, 1)
-    names = ("grpo_gr00t", "grpo_gr00t_lora", "ppo_gr00t_frozen", "ppo_gr00t_lora")
     scripts = [importlib.import_module(module) for module in names]
     g = torch.Generator().manual_seed(0)
 
@@ -229,7 +240,7 @@ def check(name: Check, device: str) -> None:
     if name == "ppo_isaac":
         found = ppo_update(device)
     elif name == "compiled":  # frames that dynamo has left to eager, and the ratio between compiled rollout and update
-        for script in scripts if device != "cpu" else scripts[:1]:  # whose compiler takes minutes
+        for script in scripts:
             torch._dynamo.utils.counters.clear()
             own, policy = actor(script, compile=True, micro_batch_size=100)
             batch, log = acted(own, policy, observed(138)), Metrics(device, alone)
@@ -378,4 +389,4 @@ def simulate(device: str) -> None:
 
 if __name__ == "__main__":
     given = tyro.cli(Args, description=__doc__)
-    check(given.check, given.device) if given.check else climb(given)
+    check(given.check, given.device, given.scripts) if given.check else climb(given)
