@@ -35,6 +35,7 @@ from tasks.gr00t import (
     Prompts,
     all_instructions,
     asking,
+    check_instructions,
     find_tasks,
     make_task,
     rank_task,
@@ -60,7 +61,7 @@ HEAD_TARGETS = ("dit-attention", "dit-feed-forward", "vl-attention")
 class Args:
     # general
     task: str | tuple[str, ...] = "Tabletop-Lift-Cube-v0"  # a row of TASKS in tasks/gr00t.py; or several, for ranks in turn
-    instruction: str | None = None  # overrides the task's own instruction(s)
+    instruction: str | tuple[str, ...] | None = None  # in place of the task's own: any sentence, or several of its own
     checkpoint: str = str(HERE / "checkpoints" / "tiny")  # GR00T N1.5: a local folder or a hub id
     embodiment_tag: str | None = None  # entry of the checkpoint's metadata.json; may be left out where one fits
     data_config: str | None = None  # which of its keys the network gets, and how: a row of DATA_CONFIGS, or a JSON file
@@ -143,6 +144,7 @@ def parse() -> Args:
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
     args.task = find_tasks(args.task, int(os.environ.get("WORLD_SIZE", 1)))
+    check_instructions(args.task, args.instruction)
     if args.check and (args.evaluate or args.resume):
         raise SystemExit("--check: looks at a run before it begins; leave out --evaluate and --resume")
     check_positive(

@@ -62,6 +62,7 @@ from tasks.gr00t import (
     Task,
     all_instructions,
     asking,
+    check_instructions,
     find_task,
     find_tasks,
     make_task,
@@ -84,7 +85,7 @@ DIFFERS = {"Args", "parse", "check", "make_env", "Gr00tActor", "learning_rate", 
 class Args:
     # general
     task: str | tuple[str, ...] = "Tabletop-Lift-Cube-v0"  # a row of TASKS that has an expert; or several, for ranks in turn
-    instruction: str | None = None  # overrides the task's own instruction(s)
+    instruction: str | tuple[str, ...] | None = None  # in place of the task's own: any sentence, or several of its own
     checkpoint: str | None = None  # what to start from: a folder or a hub id; left out: a tiny network from scratch
     embodiment_tag: str | None = None  # entry of metadata.json: to write (new_embodiment by default), or to evaluate
     seed: int = 1  # of the demonstrations, initial weights and training
@@ -143,6 +144,7 @@ def parse() -> Args:
 def check(args: Args) -> Args:
     """Refuses what cannot work, before anything is loaded; names the run."""
     args.task = find_tasks(args.task, int(os.environ.get("WORLD_SIZE", 1)))
+    check_instructions(args.task, args.instruction)
     if args.expert and not isinstance(args.task, str):
         raise SystemExit(f"--expert {args.expert}: is one task's; leave it out, or name one --task")
     if args.expert:

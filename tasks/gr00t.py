@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+Asked = str | tuple[str, ...] | None  # what --instruction gives
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,15 @@ class Task:
     bracketed: bool = False  # instructions as "['sentence']", which NVIDIA's unbatched inference does
     pad_prompt: int | None = None  # tokens that prompts are padded to, where the checkpoint was trained so
 
-    def texts(self, instruction: str | None) -> tuple[str, ...]:
-        """The instructions of a run: the one that is asked for, or the task's own."""
-        return (instruction,) if instruction else self.instructions
+    def texts(self, instruction: Asked) -> tuple[str, ...]:
+        """The instructions of a run: what is asked for, or the task's own."""
+        return (instruction,) if instruction and isinstance(instruction, str) else tuple(instruction or self.instructions)
+
+    def meant(self, instruction: Asked) -> tuple[int | None, ...]:
+        """Of each of `texts`, which of the task's own instructions it is, or a wording of; None: neither."""
+        own = {other: text for text, others in self.wordings.items() for other in others}
+        found = [own.get(text, text) for text in self.texts(instruction)]
+        return tuple(self.instructions.index(text) if text in self.instructions else None for text in found)
 
     @property
     def kept_out(self) -> dict[str, str]:
@@ -446,7 +453,19 @@ class Instructions(NamedTuple):
         return prompt + self.first, len(self.names)
 
 
-def all_instructions(tasks: str | tuple[str, ...], instruction: str | None) -> Instructions:
+def check_instructions(tasks: str | tuple[str, ...], instruction: Asked) -> None:
+    """Refuses, in one line, several instructions that a task does not draw from by itself."""
+    for task in task_names(tasks) if instruction and not isinstance(instruction, str) else ():
+        row, meant = TASKS[task], TASKS[task].meant(instruction)
+        if None in meant or not row.draws:
+            wrong, known = instruction[meant.index(None) if None in meant else 0], "; ".join(row.instructions)
+            raise SystemExit(f"--instruction {wrong!r}: is not one that {task} draws; name one alone, or several of: {known}")
+        if len(set(meant)) < len(meant):
+            twice = next(text for i, text in enumerate(instruction) if meant[i] in meant[:i])
+            raise SystemExit(f"--instruction {twice!r}: {task} is asked for that already; take it away")
+
+
+def all_instructions(tasks: str | tuple[str, ...], instruction: Asked) -> Instructions:
     """Those of a run; `instruction` as in `Task.texts`."""
     names, notes, first = [], {}, 0
     for task in task_names(tasks):
@@ -674,30 +693,35 @@ def own_observation(env: Any, groups: tuple[str, ...]) -> Tensor:
 class Prompts:
     """Which instruction each environment has: an index into the run's instructions (`Task.texts`)."""
 
-    def __init__(self, env: Any, task: Task, instruction: str | None):
-        own = task.instructions
-        # an instruction of the task's own, or its wordings, fixes what is asked for; any other leaves that to the task
-        meant = next((text for text, others in task.wordings.items() if instruction in others), instruction)
-        self.asked = own.index(meant) if meant in own and task.target else None
-        self.env, self.target, self.several = env, task.target, task.target is not None and not instruction
+    def __init__(self, env: Any, task: Task, instruction: Asked):
+        import torch
+
+        # instructions of the task's own, or wordings of theirs, are what is asked for; any other leaves that to the task
+        meant = task.meant(instruction)
+        self.asked = meant if task.target and None not in meant else ()
+        self.env, self.target, self.several = env, task.target, len(self.asked) > 1
+        self.place = torch.zeros(len(task.instructions), dtype=torch.long, device=env.device)  # among those of the run
+        self.place[list(self.asked)] = torch.arange(len(self.asked), device=env.device)
+        if instruction and self.several:
+            env.event_manager.get_term_cfg(task.draws).params["asked"] = self.asked
 
     def fix(self) -> None:
         """After a reset, which has drawn what is asked for."""
-        if self.asked is not None:
-            getattr(self.env, self.target).fill_(self.asked)
+        if len(self.asked) == 1:
+            getattr(self.env, self.target).fill_(self.asked[0])
 
     def index(self) -> Tensor:
         """(N,) int64."""
         import torch
 
         if self.several:
-            return getattr(self.env, self.target).clone()
+            return self.place[getattr(self.env, self.target)]
         return torch.zeros(self.env.num_envs, dtype=torch.long, device=self.env.device)
 
 
 @contextlib.contextmanager
 def asking(env: Any, without: tuple[str, ...], weights: Tensor | None = None) -> Iterator[None]:
-    """While this lasts, starts of a script's `ChunkEnv` draw from the task's instructions without these.
+    """While this lasts, starts of a script's `ChunkEnv` draw from the run's instructions without these, if any is left.
 
     `weights` (instructions,): how often each of those of all ranks is asked for; all equally by default.
     """
@@ -707,9 +731,11 @@ def asking(env: Any, without: tuple[str, ...], weights: Tensor | None = None) ->
         return
     params = env.env.event_manager.get_term_cfg(env.task.draws).params
     usual = dict(params)
-    params["asked"] = tuple(i for i in usual["asked"] if env.task.instructions[i] not in without)
+    own = env.prompts.asked if env.prompts.several else usual["asked"]
+    own = [i for i in own if env.task.instructions[i] not in without] or own
+    params["asked"] = tuple(i for i in usual["asked"] if i in own)
     if several:
-        params["weights"] = weights[[env.asked.first + i for i in params["asked"]]]
+        params["weights"] = weights[[env.asked.first + env.prompts.asked.index(i) for i in params["asked"]]]
     try:
         yield
     finally:

@@ -96,6 +96,8 @@ REFUSALS = {
         ("--seed -1", "0 or more"),
         ("--resume runs/none", "name a folder like runs/<name>"),
         ("--check --evaluate", "leave out --evaluate and --resume"),
+        ("--instruction red green", "'green': is not one that Tabletop-Lift-Cube-v0 draws"),
+        ("--instruction red blue red", "'red': Tabletop-Lift-Cube-v0 is asked for that already"),
         ("--record data", "add --evaluate"),
         ("--checkpoint ./nowhere", "nowhere: no such folder"),
     ],

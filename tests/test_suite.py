@@ -127,6 +127,36 @@ def test_what_is_kept_out_is_asked_for_in_evaluations_alone(env):
     assert asked[2] + asked[6] == N and 20 < asked[2] < 60  # 40 in the mean, standard deviation 5.5
 
 
+def test_a_run_asks_for_several_instructions_of_the_task(env):
+    """In the order that is given, whatever a wording; RL leaves out what is kept out, unless there is nothing else."""
+    from tasks import gr00t
+
+    chosen = ("stack the red cube on the blue cube", "push the blue cube to the right", "lift the red cube")
+    before, start = (env.prompts, env.asked), env.env.event_manager.get_term_cfg("reset")
+    usual, kept_out = dict(start.params), tuple(env.task.kept_out)
+
+    def asked(without: tuple[str, ...], *weights: float) -> set[int]:
+        with gr00t.asking(env, without, torch.tensor(weights) if weights else None):
+            prompt = env.reset(seed=4)["prompt"]
+        assert torch.equal(env.env.target, torch.tensor([env.task.instructions.index(chosen[i]) for i in prompt]))
+        return set(prompt.tolist())
+
+    try:
+        env.prompts, env.asked = gr00t.Prompts(env.env, env.task, chosen), gr00t.all_instructions(SUITE, chosen)
+        assert env.asked.names == chosen and env.asked.notes == {chosen[1]: "never seen"}
+        assert asked(()) == {0, 1, 2} and asked(kept_out) == {0, 2} and asked(kept_out, 1.0, 1, 0) == {0}
+        start.params.update(asked=(0, 0, 3, *8 * (6,)))  # as demonstrations have them
+        assert asked(env.task.unseen) == {0, 2}
+        start.params.update(usual)
+        chosen = chosen[1:2] + ("put the blue cube in the middle",)
+        env.prompts, env.asked = gr00t.Prompts(env.env, env.task, chosen), gr00t.all_instructions(SUITE, chosen)
+        assert asked(kept_out) == {0, 1}
+    finally:
+        env.prompts, env.asked = before
+        start.params.clear()
+        start.params.update(usual)
+
+
 def test_groups_from_the_bank_are_alike_to_the_bit_from_mid_episode_too(env):
     """Expert actions with noise, which half of the members lack, make mixed groups; their states come back as they were."""
     from common import Metrics, Ranks, StartBank
