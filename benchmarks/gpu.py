@@ -24,7 +24,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import tyro
 
@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 Check = Literal["ratio", "sync", "again", "compiled", "ppo_isaac", "simulator"]
-SCRIPTS = ("grpo_gr00t", "grpo_gr00t_lora", "ppo_gr00t_frozen", "ppo_gr00t_lora")
+Script = Literal["grpo_gr00t", "grpo_gr00t_lora", "ppo_gr00t_frozen", "ppo_gr00t_lora"]
+SCRIPTS: tuple[Script, ...] = get_args(Script)
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Args:
     device: str = "auto"  # cpu: with the tiny network and small numbers
     out: Path = ROOT / "runs" / "gpu"  # results.jsonl, table.md
     check: Check | None = None  # what a step of rungs 1 and 4 does in its own process
-    scripts: tuple[str, ...] = SCRIPTS  # that the checks of rung 1 look at
+    scripts: tuple[Script, ...] = SCRIPTS  # that the checks of rung 1 look at
 
 
 class Step(NamedTuple):
@@ -196,7 +197,7 @@ def climb(args: Args) -> None:
 
 
 # ======== the checks of rung 1: in a process of their own, with the shipped checkpoint and generated observations =====
-def check(name: Check, device: str, names: tuple[str, ...] = SCRIPTS) -> None:
+def check(name: Check, device: str, names: tuple[Script, ...] = SCRIPTS) -> None:
     import tempfile
 
     import torch

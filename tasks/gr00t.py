@@ -473,7 +473,7 @@ def all_instructions(tasks: str | tuple[str, ...], instruction: Asked) -> Instru
         for text in TASKS[task].texts(instruction):
             names.append(text if isinstance(tasks, str) else f"{text} ({task})")
             notes |= {names[-1]: TASKS[task].kept_out[text]} if text in TASKS[task].kept_out else {}
-    return Instructions(tuple(names), notes, first)
+    return Instructions(tuple(names), notes if len(notes) < len(names) else {}, first)  # where all are, all count
 
 
 def task_config(
